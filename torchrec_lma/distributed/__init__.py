@@ -1,0 +1,9 @@
+"""LMA tables under TorchRec's DistributedModelParallel."""
+
+from torchrec_lma.distributed.embeddingbag import (
+    LMAEmbeddingBagCollectionSharder,
+    ShardedLMAEmbeddingBagCollection,
+    get_default_sharders,
+)
+
+__all__ = ["LMAEmbeddingBagCollectionSharder", "ShardedLMAEmbeddingBagCollection", "get_default_sharders"]

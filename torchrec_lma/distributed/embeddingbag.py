@@ -1,0 +1,211 @@
+"""The sharded twin of LMAEmbeddingBagCollection, and its sharder."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torchrec.distributed.embedding_sharding import EmbeddingSharding, EmbeddingShardingInfo
+from torchrec.distributed.embedding_types import KJTList
+from torchrec.distributed.embeddingbag import (
+    EmbeddingBagCollectionContext,
+    EmbeddingBagCollectionSharder,
+    ShardedEmbeddingBagCollection,
+)
+from torchrec.distributed.sharding_plan import get_default_sharders as get_torchrec_default_sharders
+from torchrec.distributed.types import (
+    Awaitable,
+    ModuleSharder,
+    ParameterSharding,
+    QuantizedCommCodecs,
+    ShardingEnv,
+    ShardingType,
+)
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from torchrec_lma.addressing import Addressing
+from torchrec_lma.allocation import Allocation
+from torchrec_lma.distributed.embedding_sharding import (
+    LMACwPooledEmbeddingSharding,
+    LMADpPooledEmbeddingSharding,
+    LMARwPooledEmbeddingSharding,
+    LMATwPooledEmbeddingSharding,
+)
+from torchrec_lma.distributed.specs import LMASpecs
+from torchrec_lma.features import check_features, check_weights
+from torchrec_lma.hashing import table_salt
+from torchrec_lma.memory_report import MemoryReport, report_memory
+from torchrec_lma.modules import LMAEmbeddingBagCollection
+
+_SHARDINGS = {
+    ShardingType.DATA_PARALLEL.value: LMADpPooledEmbeddingSharding,
+    ShardingType.TABLE_WISE.value: LMATwPooledEmbeddingSharding,
+    ShardingType.COLUMN_WISE.value: LMACwPooledEmbeddingSharding,
+    ShardingType.ROW_WISE.value: LMARwPooledEmbeddingSharding,
+}
+
+
+class ShardedLMAEmbeddingBagCollection(ShardedEmbeddingBagCollection):
+    """LMA memories sharded as TorchRec tables `[rows, dim]`.
+
+    Made by LMAEmbeddingBagCollectionSharder through DistributedModelParallel. Raw ids travel in the input dist and are
+    expanded to chunk rows on the rank that owns a shard, just before FBGEMM. The state_dict has the weights as
+    ShardedTensors and the allocation as buffers that are equal on every rank.
+
+    Raises:
+        ValueError: a sharding type or kernel without LMA support; a column shard that is not a multiple of chunk_dim;
+            a chunk_dim or fused optimizer that FBGEMM's kernels cannot take.
+    """
+
+    def __init__(
+        self,
+        module: LMAEmbeddingBagCollection,
+        table_name_to_parameter_sharding: dict[str, ParameterSharding],
+        env: ShardingEnv,
+        fused_params: dict[str, Any] | None = None,
+        device: torch.device | None = None,
+        qcomm_codecs_registry: dict[str, QuantizedCommCodecs] | None = None,
+        module_fqn: str | None = None,
+        sharded_module_order_overwrite: list[str] | None = None,
+    ) -> None:
+        _check_column_shards(table_name_to_parameter_sharding, module.config.chunk_dim)
+        addressing = Addressing(module.allocation).to(device)
+        # Past nn.Module's __setattr__: the base __init__ creates the lookups, which need this, and registers nothing.
+        self.__dict__["_lma_specs"] = LMASpecs(
+            addressing,
+            module.config.chunk_dim,
+            {
+                feature: table_salt(module.config.seed, table)
+                for feature, table in module.table_of_feature.items()
+            },
+        )
+        super().__init__(
+            module,
+            table_name_to_parameter_sharding,
+            env,
+            fused_params,
+            device,
+            qcomm_codecs_registry,
+            module_fqn,
+            sharded_module_order_overwrite,
+        )
+        self._allocation = module.allocation
+        self.addressing = addressing
+        self._register_load_state_dict_pre_hook(self._check_state_dict)
+
+    @property
+    def allocation(self) -> Allocation:
+        return self._allocation
+
+    def create_embedding_bag_sharding(  # type: ignore[override]  # a classmethod there, always called on an instance
+        self,
+        sharding_infos: list[EmbeddingShardingInfo],
+        env: ShardingEnv,
+        device: torch.device | None = None,
+        permute_embeddings: bool = False,
+        qcomm_codecs_registry: dict[str, QuantizedCommCodecs] | None = None,
+    ) -> EmbeddingSharding[Any, Any, Any, Any]:
+        sharding_type = sharding_infos[0].param_sharding.sharding_type
+        if sharding_type not in _SHARDINGS:
+            raise ValueError(
+                f"sharding type {sharding_type!r} of {[info.embedding_config.name for info in sharding_infos]} does not "
+                f"run on LMA tables; choose one of {list(_SHARDINGS)}"
+            )
+        options: dict[str, Any] = {}
+        if sharding_type != ShardingType.DATA_PARALLEL.value:
+            options["qcomm_codecs_registry"] = qcomm_codecs_registry
+        if sharding_type == ShardingType.COLUMN_WISE.value:
+            options["permute_embeddings"] = permute_embeddings
+        return _SHARDINGS[sharding_type](self._lma_specs, sharding_infos, env, device, **options)
+
+    def input_dist(
+        self, ctx: EmbeddingBagCollectionContext, features: KeyedJaggedTensor
+    ) -> Awaitable[Awaitable[KJTList]]:
+        check_features(features, self._lma_specs.salt_of_feature)
+        check_weights(features, self._is_weighted)
+        self.addressing.check_not_overwritten()
+        return super().input_dist(ctx, features)
+
+    def memory_report(self) -> MemoryReport:
+        """Bytes over all ranks of weights, fused optimizer state and allocation; prints as a table."""
+        return report_memory(
+            self._allocation,
+            {
+                info.embedding_config.name: (info.fused_params or {}).get("optimizer")
+                if info.param_sharding.compute_kernel == "fused"
+                else None
+                for infos in self.sharding_type_to_sharding_infos.values()
+                for info in infos
+            },
+        )
+
+    @property
+    def unsharded_module_type(self) -> type[LMAEmbeddingBagCollection]:
+        return LMAEmbeddingBagCollection
+
+    def _check_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self.addressing.check_state_dict(state_dict, f"{prefix}addressing.")
+
+
+def _check_column_shards(plan: dict[str, ParameterSharding], chunk_dim: int) -> None:
+    for name, sharding in plan.items():
+        for shard in sharding.sharding_spec.shards if sharding.sharding_spec is not None else []:
+            if shard.shard_offsets[1] % chunk_dim != 0 or shard.shard_sizes[1] % chunk_dim != 0:
+                raise ValueError(
+                    f"{name!r} has a shard of columns {shard.shard_offsets[1]} to "
+                    f"{shard.shard_offsets[1] + shard.shard_sizes[1]}, which cuts a chunk of {chunk_dim} columns; plan "
+                    f"with ParameterConstraints(min_partition=<a multiple of {chunk_dim}>)"
+                )
+
+
+class LMAEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
+    """Shards LMAEmbeddingBagCollection; TorchRec finds it by the module's type.
+
+    Args:
+        fused_params: as EmbeddingBagCollectionSharder's, passed to FBGEMM (optimizer, learning_rate, ...).
+        qcomm_codecs_registry: as there.
+
+    Example::
+
+        model = DistributedModelParallel(
+            model, sharders=[*torchrec.distributed.sharding_plan.get_default_sharders(), LMAEmbeddingBagCollectionSharder()]
+        )
+    """
+
+    def shard(
+        self,
+        module: LMAEmbeddingBagCollection,
+        params: dict[str, ParameterSharding],
+        env: ShardingEnv,
+        device: torch.device | None = None,
+        module_fqn: str | None = None,
+    ) -> ShardedLMAEmbeddingBagCollection:
+        return ShardedLMAEmbeddingBagCollection(
+            module=module,
+            table_name_to_parameter_sharding=params,
+            env=env,
+            fused_params=self.fused_params,
+            device=device,
+            qcomm_codecs_registry=self.qcomm_codecs_registry,
+            module_fqn=module_fqn,
+            sharded_module_order_overwrite=self._sharded_module_order_overwrite,
+        )
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        """The same on every device; TorchRec leaves row-wise out on CPU, where it runs as well."""
+        return list(_SHARDINGS)
+
+    def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
+        return ["dense"] if sharding_type == ShardingType.DATA_PARALLEL.value else ["fused"]
+
+    @property
+    def module_type(self) -> type[LMAEmbeddingBagCollection]:
+        return LMAEmbeddingBagCollection
+
+    @property
+    def sharded_module_type(self) -> type[ShardedLMAEmbeddingBagCollection]:
+        return ShardedLMAEmbeddingBagCollection
+
+
+def get_default_sharders() -> list[ModuleSharder[nn.Module]]:
+    """TorchRec's default sharders, and the one for LMAEmbeddingBagCollection."""
+    return [*get_torchrec_default_sharders(), LMAEmbeddingBagCollectionSharder()]

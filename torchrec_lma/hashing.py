@@ -1,0 +1,62 @@
+"""Integer hashing on int64 tensors: the arithmetic under every address.
+
+Only torch ops that exist on CPU and CUDA, trace under torch.fx and compile under TorchScript, so that training and
+scripted serving run this same code. int64 multiplication wraps modulo 2**64 on both devices; torch's `>>` on int64 is
+arithmetic (it copies the sign bit), which is masked where it matters.
+"""
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+
+def mix64(x: Tensor) -> Tensor:
+    """The splitmix64 finalizer (Steele, Lea, Flood, OOPSLA 2014, with Stafford's "Mix13" constants).
+
+    A bijection on 64 bits in which every input bit flips every output bit with probability close to 1/2.
+
+    Args:
+        x: int64, any shape.
+    Returns:
+        int64, the same shape.
+    """
+    # The masks make the arithmetic shifts logical: 2**34 - 1, 2**37 - 1, 2**33 - 1.
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685  # 0x94D049BB133111EB
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)
+
+
+def to_rows(x: Tensor, multipliers: Tensor, rows: int) -> Tensor:
+    """One independent row for each chunk from already mixed keys.
+
+    Multiply by the chunk's own odd constant, fold the well-mixed high half onto the low half, and reduce modulo
+    `rows`. The fold is what makes chunks independent: without it, keys that agree modulo a power of two would agree
+    on every chunk of a memory with that many rows. The reduction of 63 bits is biased by at most rows / 2**63.
+
+    Args:
+        x: int64 [n_chunks, L] or [1, L], outputs of `mix64`.
+        multipliers: int64 [n_chunks], odd.
+        rows: number of rows to choose from, >= 1.
+    Returns:
+        int64 [n_chunks, L] in [0, rows).
+    """
+    x = x * multipliers.unsqueeze(1)  # (n_chunks, L)
+    x = x ^ (x >> 32)
+    return (x & 0x7FFFFFFFFFFFFFFF) % rows
+
+
+def salt(*parts: object) -> int:
+    """A signed 64-bit constant that depends on every part and on nothing else (not on the process or machine)."""
+    digest = hashlib.sha256("\x1f".join(str(part) for part in parts).encode()).digest()
+    return int.from_bytes(digest[:8], "little", signed=True)
+
+
+def table_salt(seed: int, table: str) -> int:
+    """The constant that tells equal ids of different logical tables apart."""
+    return salt("table", seed, table)
+
+
+def chunk_multipliers(seed: int, n_chunks: int) -> Tensor:
+    """int64 [n_chunks] odd constants; the first ones do not depend on how many there are."""
+    return torch.tensor([salt("chunk", seed, j) | 1 for j in range(n_chunks)], dtype=torch.int64)
