@@ -24,7 +24,8 @@ class MemoryAddressing(nn.Module):
       when they agree on that value, or by chance (arXiv 2103.06124, section 4.2);
     * else: chunk j at a hash of (table, id, j).
 
-    The rows of the last two kinds are in [dedicated_rows, rows). The module scripts and traces.
+    The rows of the last two kinds are in [dedicated_rows, rows). The module scripts, and traces with the chunk range
+    fixed by the caller.
     """
 
     # Final, so that TorchScript drops the branches that a memory does not use.
@@ -93,10 +94,7 @@ class Addressing(nn.Module):
         self.memories = nn.ModuleDict(
             {memory.name: MemoryAddressing(memory, allocation.config.seed) for memory in allocation.memories}
         )
-        # Loaders that write into the tensors of a state_dict (torch.distributed.checkpoint) overwrite these buffers
-        # without calling load_state_dict, so the fingerprint is read back before the next use.
-        self._handed_out = False
-        self.register_state_dict_pre_hook(_note_handed_out)
+        self._checked_version = -1
 
     def __getitem__(self, memory: str) -> MemoryAddressing:
         module = self.memories[memory]
@@ -110,10 +108,14 @@ class Addressing(nn.Module):
             self._check(_hex(loaded))
 
     def check_not_overwritten(self) -> None:
-        """Raises ValueError if a checkpoint of other addresses was read into this module's tensors."""
-        if self._handed_out:
+        """Raises ValueError if a checkpoint of other addresses was read into this module's tensors.
+
+        torch.distributed.checkpoint writes into the tensors of a state_dict, so load_state_dict may never be called.
+        Autograd's version counter tells when that happened; only then is the fingerprint read back from its device.
+        """
+        if self.fingerprint._version != self._checked_version:
             self._check(_hex(self.fingerprint))
-            self._handed_out = False
+            self._checked_version = self.fingerprint._version
 
     def _check(self, loaded: str) -> None:
         if loaded != self.expected:
@@ -122,11 +124,6 @@ class Addressing(nn.Module):
                 "weights would be read at the wrong addresses. Build the model with the checkpoint's own allocation: "
                 "Allocation.from_checkpoint(path)"
             )
-
-
-def _note_handed_out(module: nn.Module, prefix: str, keep_vars: bool) -> None:
-    assert isinstance(module, Addressing)
-    module._handed_out = True
 
 
 def _bytes_tensor(data: bytes) -> Tensor:

@@ -23,8 +23,6 @@ class ChunkExpansion(nn.Module):
         salts: `table_salt` of each feature's table.
         chunks: [first, end) of the chunks in the block.
         rows: [first, end) of the rows in the block; ids whose chunk lies elsewhere are dropped from their bags.
-        mean_of_weighted: divide per-sample weights by the bag's length. FBGEMM pools weighted MEAN correctly forward,
-            but its CPU backward does not divide, so weighted MEAN runs as SUM with weights made so.
         device: of the input.
     """
 
@@ -34,7 +32,6 @@ class ChunkExpansion(nn.Module):
         salts: Sequence[int],
         chunks: tuple[int, int] | None = None,
         rows: tuple[int, int] | None = None,
-        mean_of_weighted: bool = False,
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
@@ -44,7 +41,6 @@ class ChunkExpansion(nn.Module):
         self.first_row, self.end_row = rows or (0, addressing.rows)
         self.n_chunks = self.end_chunk - self.first_chunk
         self.all_rows = (self.first_row, self.end_row) == (0, addressing.rows)
-        self.mean_of_weighted = mean_of_weighted
         self.register_buffer("salts", torch.tensor(salts, dtype=torch.int64, device=device), persistent=False)
         chunk_major = torch.arange(self.n_chunks * self.n_features, dtype=torch.int32)
         feature_major = chunk_major.view(self.n_chunks, self.n_features).t().reshape(-1)
@@ -66,8 +62,6 @@ class ChunkExpansion(nn.Module):
         salts = torch.repeat_interleave(
             self.salts.repeat_interleave(batch_size, output_size=bags.numel()), bags, output_size=ids.numel()
         )  # (L)
-        if weights is not None and self.mean_of_weighted:
-            weights = weights / torch.repeat_interleave(bags, bags, output_size=ids.numel())
         rows = self.addressing(ids, salts, self.first_chunk, self.end_chunk)  # (n, L)
         chunk = torch.arange(self.n_chunks, device=ids.device).unsqueeze(1)
         chunk_rows = ((rows - self.first_row) * self.n_chunks + chunk).reshape(-1)  # (n * L), chunk-major

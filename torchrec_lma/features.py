@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Sequence
 
+import torch
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
@@ -26,7 +27,7 @@ def feature_tables(tables: Sequence[EmbeddingBagConfig]) -> dict[str, str]:
 def check_features(features: KeyedJaggedTensor, expected: Collection[str]) -> None:
     """Raises ValueError if a feature is missing, unknown or given twice, or if batch sizes differ between features."""
     keys = features.keys()
-    if len(keys) != len(expected) or any(key not in expected for key in keys):
+    if len(keys) != len(expected) or set(keys) != set(expected):
         raise ValueError(
             f"the KeyedJaggedTensor has features {list(keys)}, expected each of {list(expected)} once; "
             f"missing {sorted(set(expected) - set(keys))}, unknown {sorted(set(keys) - set(expected))}"
@@ -38,10 +39,35 @@ def check_features(features: KeyedJaggedTensor, expected: Collection[str]) -> No
         )
 
 
-def check_weights(features: KeyedJaggedTensor, is_weighted: bool) -> None:
-    """Raises ValueError if a weighted collection gets no per-sample weights."""
-    if is_weighted and features.weights_or_none() is None:
+def normalize_weights(features: KeyedJaggedTensor, mean_features: Collection[str]) -> KeyedJaggedTensor:
+    """Turns weighted MEAN pooling into weighted SUM pooling, by dividing weights by the length of their bag.
+
+    A bag's embedding is then sum(w_i * e_i) / length under every sharding and on every device. Left to the libraries
+    it is not: FBGEMM's CPU backward of weighted MEAN lacks the division, and TorchRec's row-wise sharding divides by
+    the sum of the weights instead.
+
+    Args:
+        features: of a weighted collection.
+        mean_features: the features with MEAN pooling.
+    Raises:
+        ValueError: there are no weights.
+    """
+    weights = features.weights_or_none()
+    if weights is None:
         raise ValueError(
             "the collection was made with is_weighted=True but the KeyedJaggedTensor has no weights; give "
             "KeyedJaggedTensor(weights=...) or make the collection unweighted"
         )
+    if not mean_features:
+        return features
+    lengths = features.lengths().view(len(features.keys()), -1)
+    is_mean = torch.tensor([key in mean_features for key in features.keys()], device=lengths.device)  # noqa: SIM118
+    divisors = torch.where(is_mean.unsqueeze(1), lengths, 1).reshape(-1)
+    divisors = torch.repeat_interleave(divisors, lengths.reshape(-1), output_size=weights.numel())
+    return KeyedJaggedTensor(
+        keys=features.keys(),
+        values=features.values(),
+        weights=weights / divisors,
+        lengths=features.lengths(),
+        offsets=features.offsets(),
+    )

@@ -96,7 +96,7 @@ _STATES = {
 
 
 def report_memory(allocation: Allocation, optimizers: Mapping[str, OptimType | None]) -> MemoryReport:
-    """The report of an allocation whose memories train with the given FBGEMM optimizers (None: not the collection's)."""
+    """The report of memories that train with the given FBGEMM optimizers (None: the optimizer is not fused)."""
     uses = []
     for memory in allocation.memories:
         tables = [table for table in allocation.tables if table.name in memory.tables]

@@ -1,10 +1,13 @@
 """LMAEmbeddingBagCollection: an EmbeddingBagCollection whose tables share compressed memories."""
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchrec.distributed.utils import optimizer_type_to_emb_opt_type
 from torchrec.modules.embedding_configs import (
     DataType,
     EmbeddingBagConfig,
@@ -12,7 +15,6 @@ from torchrec.modules.embedding_configs import (
     data_type_to_dtype,
     pooling_type_to_str,
 )
-from torchrec.distributed.utils import optimizer_type_to_emb_opt_type
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
@@ -20,7 +22,7 @@ from torchrec_lma.addressing import Addressing
 from torchrec_lma.allocation import Allocation
 from torchrec_lma.config import LMAConfig
 from torchrec_lma.expansion import ChunkExpansion
-from torchrec_lma.features import check_features, check_weights, feature_tables
+from torchrec_lma.features import check_features, feature_tables, normalize_weights
 from torchrec_lma.hashing import table_salt
 from torchrec_lma.memory_report import MemoryReport, report_memory
 
@@ -29,8 +31,9 @@ class LMAEmbeddingBagCollection(EmbeddingBagCollection):
     """An EmbeddingBagCollection in a fixed memory (LMA, arXiv 2103.06124).
 
     Logical tables of one embedding dim share one memory `[rows, dim]`, and an id's embedding is gathered chunk by chunk
-    from addresses that are computed, not stored. To TorchRec each memory is one table named `memory_<dim>` with all the
-    features: that is what `embedding_bag_configs`, a sharding plan and a state_dict show. `tables` are the logical ones.
+    from addresses that are computed, not stored. To TorchRec each memory is one table named `memory_<dim>` with all
+    the features: that is what `embedding_bag_configs`, a sharding plan and a state_dict show. `tables` has the logical
+    ones.
 
     Raw ids go in: any int64 (negative ones and 64-bit hashes included) or int32, no vocabulary needed. `num_embeddings`
     of a table is only what compression is measured against.
@@ -68,21 +71,22 @@ class LMAEmbeddingBagCollection(EmbeddingBagCollection):
             allocation = Allocation.hashed(tables, config)
         else:
             allocation.check_made_for(tables, config)
-        self_tables = {table.name: table for table in tables}
+        by_name = {table.name: table for table in tables}
         table_of_feature = feature_tables(tables)
         memory_configs = []
         for memory in allocation.memories:
-            members = [self_tables[name] for name in memory.tables]
+            members = [by_name[name] for name in memory.tables]
             memory_configs.append(
                 EmbeddingBagConfig(
                     name=memory.name,
                     num_embeddings=memory.rows,
                     embedding_dim=memory.dim,
                     feature_names=[f for f, table in table_of_feature.items() if table in memory.tables],
-                    pooling=members[0].pooling,
+                    pooling=PoolingType.SUM if is_weighted else members[0].pooling,  # see normalize_weights
                     data_type=members[0].data_type,
-                    weight_init_min=_common_init(members, "weight_init_min"),
-                    weight_init_max=_common_init(members, "weight_init_max"),
+                    weight_init_min=_common(members, "weight_init_min"),
+                    weight_init_max=_common(members, "weight_init_max"),
+                    init_fn=_common(members, "init_fn") if not any(map(_has_default_init, members)) else None,
                 )
             )
         device = torch.device(device) if device is not None else None
@@ -90,6 +94,11 @@ class LMAEmbeddingBagCollection(EmbeddingBagCollection):
         self._tables = list(tables)
         self._allocation = allocation
         self.table_of_feature = table_of_feature
+        self.weighted_mean_features = {
+            feature
+            for feature, table in table_of_feature.items()
+            if is_weighted and by_name[table].pooling is PoolingType.MEAN
+        }
         self.addressing = Addressing(allocation)
         if device is not None and device.type != "meta":
             self.addressing.to(device)
@@ -123,7 +132,7 @@ class LMAEmbeddingBagCollection(EmbeddingBagCollection):
             ValueError: a feature is missing or unknown, weights are missing, or batch sizes differ between features.
         """
         check_features(features, self.table_of_feature)
-        check_weights(features, self._is_weighted)
+        features = normalize_weights(features, self.weighted_mean_features) if self._is_weighted else features
         self.addressing.check_not_overwritten()
         features = features.permute([features.keys().index(f) for f in self._embedding_names])
         lengths = features.lengths().view(len(self._embedding_names), -1)  # (F, B)
@@ -147,11 +156,9 @@ class LMAEmbeddingBagCollection(EmbeddingBagCollection):
         )
 
     def _pool(self, memory: EmbeddingBagConfig, ids: Tensor, lengths: Tensor, weights: Tensor | None) -> Tensor:
-        weighted_mean = weights is not None and memory.pooling is PoolingType.MEAN
         expansion = ChunkExpansion(
             self.addressing[memory.name],
             [table_salt(self.config.seed, self.table_of_feature[f]) for f in memory.feature_names],
-            mean_of_weighted=weighted_mean,
             device=ids.device,
         )
         chunk_rows, bags, weights = expansion(ids, lengths, weights)
@@ -160,7 +167,7 @@ class LMAEmbeddingBagCollection(EmbeddingBagCollection):
             chunk_rows,
             weight.view(-1, self.config.chunk_dim),  # (rows * n_chunks, chunk_dim)
             offsets=F.pad(torch.cumsum(bags, 0), (1, 0)),
-            mode="sum" if weighted_mean else pooling_type_to_str(memory.pooling),
+            mode=pooling_type_to_str(memory.pooling),
             per_sample_weights=weights.to(weight.dtype) if weights is not None else None,
             include_last_offset=True,
         )  # (F * n * B, chunk_dim)
@@ -201,12 +208,13 @@ class LMAEmbeddingBagCollection(EmbeddingBagCollection):
         weight = self.embedding_bags[memory].weight
         n_chunks = rows.size(1)
         chunks = weight.view(-1, n_chunks, self.config.chunk_dim)  # (rows, n, chunk_dim)
-        return chunks[rows, torch.arange(n_chunks, device=rows.device)].reshape(ids.numel(), -1)
+        return chunks[rows, torch.arange(n_chunks, device=rows.device)].flatten(1)
 
     def _table_addresses(self, table: str, ids: Tensor) -> tuple[str, Tensor]:
         if ids.dim() != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype is torch.bool:
             raise TypeError(f"ids must be an integer tensor of shape [N], got {ids.dtype} of shape {list(ids.shape)}")
         memory = next(memory.name for memory in self._allocation.memories if table in memory.tables)
+        self.addressing.check_not_overwritten()
         addressing = self.addressing[memory]
         salts = torch.tensor([table_salt(self.config.seed, table)], device=ids.device)
         return memory, addressing(ids, salts, 0, addressing.n_chunks).t()
@@ -222,16 +230,23 @@ class LMAEmbeddingBagCollection(EmbeddingBagCollection):
 
     def reset_parameters(self) -> None:
         """Initialise the weights, and the allocation as well: `to_empty` leaves both undefined."""
+        for memory_config in self._embedding_bag_configs:
+            weight = self.embedding_bags[memory_config.name].weight
+            self._device = weight.device  # the base class keeps "meta" here, and then initialises nothing
         super().reset_parameters()
         if hasattr(self, "addressing"):  # absent while the base class constructs itself
-            device = self.embedding_bags[self._embedding_bag_configs[0].name].weight.device
-            self.addressing = Addressing(self._allocation).to(device if device.type != "meta" else "cpu")
+            self.addressing = Addressing(self._allocation).to("cpu" if self._device.type == "meta" else self._device)
 
     def _check_state_dict(self, state_dict: dict[str, object], prefix: str, *args: object) -> None:
         self.addressing.check_state_dict(state_dict, f"{prefix}addressing.")
 
 
-def _common_init(members: list[EmbeddingBagConfig], name: str) -> float | None:
-    """The initial range of a memory is that of its tables if they agree, else TorchRec's default for its rows."""
-    values = {getattr(table, name) for table in members}
+def _has_default_init(table: EmbeddingBagConfig) -> bool:
+    """Whether TorchRec chose the init_fn itself, for the rows of the full table."""
+    return isinstance(table.init_fn, partial) and table.init_fn.func is nn.init.uniform_
+
+
+def _common(members: list[EmbeddingBagConfig], setting: str) -> Any:
+    """How a memory is initialised: as its tables where they agree, else None for TorchRec's default for its rows."""
+    values = {getattr(table, setting) for table in members}
     return values.pop() if len(values) == 1 else None

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -159,13 +158,16 @@ class Allocation:
             "fingerprint": self.fingerprint,
             "provenance": json.dumps(self.provenance, sort_keys=True),
         }
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
+        metadata["checksum"] = _checksum(metadata)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
+            temporary.touch()
+            mode = temporary.stat().st_mode  # what the umask gives a new file; safetensors makes it private
             save_file(tensors, temporary, metadata)
+            temporary.chmod(mode)
             os.replace(temporary, path)
         except BaseException:
-            os.unlink(temporary)
+            temporary.unlink(missing_ok=True)
             raise
 
     @classmethod
@@ -188,12 +190,16 @@ class Allocation:
                 f"{path} is not a whole safetensors file ({error}); it is truncated or something else. Build it again"
             ) from error
         if metadata.get("format") != "torchrec_lma.allocation":
-            raise ValueError(f"{path} is a safetensors file but not an allocation; expected one that Allocation.save wrote")
-        if metadata["format_version"] != str(FORMAT_VERSION):
             raise ValueError(
-                f"{path} has allocation format version {metadata['format_version']}, this torchrec_lma reads version "
-                f"{FORMAT_VERSION}; build it again or use the version of torchrec_lma that wrote it"
+                f"{path} is a safetensors file but not an allocation; expected one that Allocation.save wrote"
             )
+        if metadata.get("format_version") != str(FORMAT_VERSION):
+            raise ValueError(
+                f"{path} has allocation format version {metadata.get('format_version')}, this torchrec_lma reads "
+                f"version {FORMAT_VERSION}; build it again or use the version of torchrec_lma that wrote it"
+            )
+        if metadata.get("checksum") != _checksum(metadata):
+            raise ValueError(f"{path} does not match its checksum; the file was damaged. Build it again")
         allocation = cls._from_parts(metadata["header"], tensors, json.loads(metadata["provenance"]))
         if allocation.fingerprint != metadata["fingerprint"]:
             raise ValueError(
@@ -246,10 +252,17 @@ class Allocation:
         values = json.loads(header)
         memories = []
         for memory in values["memories"]:
-            own = {name: tensors[f"{memory['name']}/{name}"] for name in _TENSORS if f"{memory['name']}/{name}" in tensors}
+            own = {
+                name: tensors[f"{memory['name']}/{name}"] for name in _TENSORS if f"{memory['name']}/{name}" in tensors
+            }
             memories.append(MemoryAllocation(**{**memory, "tables": tuple(memory["tables"])}, **own))
         tables = tuple(TableSpec(**table) for table in values["tables"])
         return cls(LMAConfig.from_dict(values["config"]), tables, tuple(memories), provenance)
+
+
+def _checksum(metadata: dict[str, str]) -> str:
+    """SHA-256 of everything in the metadata but itself; the fingerprint in it covers the tensors."""
+    return hashlib.sha256(json.dumps({**metadata, "checksum": ""}, sort_keys=True).encode()).hexdigest()
 
 
 def empty_memory(layout: MemoryLayout, rows: int) -> MemoryAllocation:

@@ -39,13 +39,16 @@ class AllocationBuilder:
         builder.build().save("allocation.safetensors")
     """
 
+    DEDICATED_FRACTION = 0.25
+    SIGNATURE_FRACTION = 0.125
+
     def __init__(
         self,
         tables: Sequence[EmbeddingBagConfig],
         config: LMAConfig,
         source: RowsMinHash | None = RowsMinHash(),  # noqa: B008 (frozen)
-        dedicated_fraction: float = 0.25,
-        signature_fraction: float = 0.125,
+        dedicated_fraction: float = DEDICATED_FRACTION,
+        signature_fraction: float = SIGNATURE_FRACTION,
     ) -> None:
         for name, value in (("dedicated_fraction", dedicated_fraction), ("signature_fraction", signature_fraction)):
             if not 0 <= value < 1:
@@ -124,9 +127,11 @@ class AllocationBuilder:
         members = [self._table_names.index(table.name) for table in layout.tables]
         in_memory = torch.isin(rows.tables, torch.tensor(members, dtype=rows.tables.dtype))
         keys, item = torch.unique(rows.keys[in_memory], return_inverse=True)  # (V) distinct ids, (N) which one
-        times = rows.count[rows.row_of_key()[in_memory]]
-        frequency = torch.zeros_like(keys).index_add_(0, item, times)
-        support = torch.bincount(item, minlength=keys.numel())
+        row = rows.row_of_key()[in_memory]
+        frequency = torch.zeros_like(keys).index_add_(0, item, rows.count[row])
+        # An id may stand in one row twice, in a bag or in two features; its support is the rows.
+        pairs = torch.unique(row * keys.numel() + item)
+        support = torch.bincount(pairs % keys.numel(), minlength=keys.numel())
         table_of = torch.zeros(keys.numel(), dtype=rows.tables.dtype).scatter_(0, item, rows.tables[in_memory])
         # Descending frequency; ids of equal frequency in the order of their keys, which no input order changes.
         by_frequency = torch.sort(frequency, descending=True, stable=True).indices
@@ -192,6 +197,5 @@ class AllocationBuilder:
 
 
 def _how_many(budget_bytes: float, bytes_each: int, at_most: int) -> int:
-    """How many ids fit in a budget, with their index (4 bytes a key, and up to 2 for the bucket starts, see `IdIndex`)."""
+    """How many ids fit in a budget, with their index: 4 bytes a key, and up to 2 for its bucket's start."""
     return min(at_most, int(budget_bytes // (bytes_each + 6)))
-

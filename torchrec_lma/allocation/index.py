@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-# Buckets hold 2 to 4 keys on average: a bucket is one cache line, and the table of bucket starts costs 1 to 2 bytes a key.
+# Buckets hold 2 to 4 keys on average: one cache line, and 1 to 2 bytes a key for the table of bucket starts.
 _KEYS_PER_BUCKET = 4
 
 

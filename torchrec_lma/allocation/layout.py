@@ -66,7 +66,7 @@ class MemoryLayout:
             raise ValueError(
                 f"the budget of {self.name!r} is {self.budget_bytes} bytes; its allocation takes {allocation_bytes} "
                 f"and one row of dim {self.dim} takes {self.row_bytes}, which does not fit. Lower the compression or "
-                "raise memory_bytes; for a smaller allocation lower signature_fraction, dedicated_fraction or num_values"
+                "raise memory_bytes; for a smaller allocation lower signature_fraction or dedicated_fraction"
             )
         if rows > MAX_ROWS:
             raise ValueError(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from fbgemm_gpu.split_embedding_configs import EmbOptimType as OptimType
-from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation, PoolingMode
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     ComputeDevice,
     DenseTableBatchedEmbeddingBagsCodegen,
@@ -33,10 +33,9 @@ from torchrec.distributed.embedding_types import (
     compute_kernel_to_embedding_location,
 )
 from torchrec.distributed.types import Shard, ShardedTensor, ShardedTensorMetadata, ShardingType, ShardMetadata
-from torchrec.modules.embedding_configs import PoolingType, data_type_to_sparse_type
+from torchrec.modules.embedding_configs import data_type_to_sparse_type
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchrec_lma.addressing import Addressing
 from torchrec_lma.distributed.specs import LMASpecs
 from torchrec_lma.expansion import ChunkExpansion
 
@@ -69,7 +68,7 @@ class LMASplitTBE(SplitTableBatchedEmbeddingBagsCodegen):
         return [w.view(-1, n * w.size(1)) for w, n in zip(super().split_embedding_weights(), self._lma_n_chunks)]
 
     def get_optimizer_state(self) -> list[dict[str, Tensor]]:
-        """For each table its states: [local_rows, local_cols], or [local_rows, n_chunks] where a chunk has one value."""
+        """Each table's states: [local_rows, local_cols], or [local_rows, n_chunks] where a chunk has one value."""
         return [
             {name: state.view(-1, n * (state.size(1) if state.dim() == 2 else 1)) for name, state in states.items()}
             for states, n in zip(super().get_optimizer_state(), self._lma_n_chunks)
@@ -176,13 +175,10 @@ class _LMAKernel(BaseBatchedEmbeddingBag[Tensor]):
         # shapes, so theirs is skipped and the common base is initialised alone.
         BaseBatchedEmbeddingBag.__init__(self, config, pg, device, sharding_type)
         self._chunk_dim = specs.chunk_dim
-        weighted_mean = config.is_weighted and self._pooling is PoolingMode.MEAN
-        if weighted_mean:
-            self._pooling = PoolingMode.SUM
         expansions: list[ChunkExpansion] = []
         feature_table_map: list[int] = []
         for index, table in enumerate(config.embedding_tables):
-            expansion = _expansion(table, specs, weighted_mean, device)
+            expansion = _expansion(table, specs, device)
             expansions.append(expansion)
             feature_table_map.extend([index] * (table.num_features() * expansion.n_chunks))
         # A plain list: the addressing belongs to the sharded module, and this kernel's state_dict is its weights.
@@ -221,16 +217,13 @@ class _LMAKernel(BaseBatchedEmbeddingBag[Tensor]):
         return torch.cat(indices), offsets, torch.cat(all_weights) if weights is not None else None
 
 
-def _expansion(
-    table: ShardedEmbeddingTable, specs: LMASpecs, weighted_mean: bool, device: torch.device | None
-) -> ChunkExpansion:
+def _expansion(table: ShardedEmbeddingTable, specs: LMASpecs, device: torch.device | None) -> ChunkExpansion:
     row, col = table.local_metadata.shard_offsets if table.local_metadata is not None else (0, 0)  # None: replicated
     return ChunkExpansion(
         specs.addressing[table.name],
         [specs.salt_of_feature[feature] for feature in table.feature_names],
         chunks=(col // specs.chunk_dim, (col + table.local_cols) // specs.chunk_dim),
         rows=(row, row + table.local_rows),
-        mean_of_weighted=weighted_mean,
         device=device,
     )
 
@@ -281,8 +274,15 @@ class LMABatchedFusedEmbeddingBag(_LMAKernel, BatchedFusedEmbeddingBag):
         tbe = self._emb_module
         locations = [spec[2] for spec in tbe.embedding_specs]
         slices = _table_slices(
-            self, [tbe.weights_host if at == EmbeddingLocation.HOST else
-                   tbe.weights_dev if at == EmbeddingLocation.DEVICE else tbe.weights_uvm for at in locations]
+            self,
+            [
+                tbe.weights_host
+                if at == EmbeddingLocation.HOST
+                else tbe.weights_dev
+                if at == EmbeddingLocation.DEVICE
+                else tbe.weights_uvm
+                for at in locations
+            ],
         )
         for name, weight in slices.items():
             weight._in_backward_optimizers = [
@@ -340,7 +340,7 @@ def _table_slices(kernel: _LMAKernel, storages: Sequence[Tensor]) -> dict[str, T
 def _check_fused(chunk_dim: int, fused_params: Mapping[str, Any], on_cpu: bool) -> None:
     if chunk_dim % 4 != 0:
         raise ValueError(
-            f"fused kernels take chunks of a multiple of 4 columns, got chunk_dim={chunk_dim}; choose such a chunk_dim, "
+            f"fused kernels take chunks of a multiple of 4 columns, got chunk_dim={chunk_dim}; choose such a one, "
             "or shard with the dense kernel (data_parallel, or compute_kernel='dense')"
         )
     optimizer = fused_params.get("optimizer", OptimType.EXACT_SGD)

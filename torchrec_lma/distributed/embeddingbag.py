@@ -31,7 +31,7 @@ from torchrec_lma.distributed.embedding_sharding import (
     LMATwPooledEmbeddingSharding,
 )
 from torchrec_lma.distributed.specs import LMASpecs
-from torchrec_lma.features import check_features, check_weights
+from torchrec_lma.features import check_features, normalize_weights
 from torchrec_lma.hashing import table_salt
 from torchrec_lma.memory_report import MemoryReport, report_memory
 from torchrec_lma.modules import LMAEmbeddingBagCollection
@@ -73,10 +73,7 @@ class ShardedLMAEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         self.__dict__["_lma_specs"] = LMASpecs(
             addressing,
             module.config.chunk_dim,
-            {
-                feature: table_salt(module.config.seed, table)
-                for feature, table in module.table_of_feature.items()
-            },
+            {feature: table_salt(module.config.seed, table) for feature, table in module.table_of_feature.items()},
         )
         super().__init__(
             module,
@@ -89,6 +86,7 @@ class ShardedLMAEmbeddingBagCollection(ShardedEmbeddingBagCollection):
             sharded_module_order_overwrite,
         )
         self._allocation = module.allocation
+        self._weighted_mean_features = module.weighted_mean_features
         self.addressing = addressing
         self._register_load_state_dict_pre_hook(self._check_state_dict)
 
@@ -107,8 +105,8 @@ class ShardedLMAEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         sharding_type = sharding_infos[0].param_sharding.sharding_type
         if sharding_type not in _SHARDINGS:
             raise ValueError(
-                f"sharding type {sharding_type!r} of {[info.embedding_config.name for info in sharding_infos]} does not "
-                f"run on LMA tables; choose one of {list(_SHARDINGS)}"
+                f"sharding type {sharding_type!r} of {[info.embedding_config.name for info in sharding_infos]} does "
+                f"not run on LMA tables; choose one of {list(_SHARDINGS)}"
             )
         options: dict[str, Any] = {}
         if sharding_type != ShardingType.DATA_PARALLEL.value:
@@ -121,8 +119,15 @@ class ShardedLMAEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         self, ctx: EmbeddingBagCollectionContext, features: KeyedJaggedTensor
     ) -> Awaitable[Awaitable[KJTList]]:
         check_features(features, self._lma_specs.salt_of_feature)
-        check_weights(features, self._is_weighted)
+        if self._is_weighted:
+            features = normalize_weights(features, self._weighted_mean_features)
         self.addressing.check_not_overwritten()
+        if self._has_uninitialized_input_dist:
+            # What the base class does on the first batch, less its warning that ids are not below num_embeddings.
+            self._create_input_dist(features.keys())
+            self._has_uninitialized_input_dist = False
+            if self._has_mean_pooling_callback:
+                self._init_mean_pooling_callback(features.keys(), None)
         return super().input_dist(ctx, features)
 
     def memory_report(self) -> MemoryReport:
@@ -166,9 +171,8 @@ class LMAEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
 
     Example::
 
-        model = DistributedModelParallel(
-            model, sharders=[*torchrec.distributed.sharding_plan.get_default_sharders(), LMAEmbeddingBagCollectionSharder()]
-        )
+        sharders = [*torchrec.distributed.sharding_plan.get_default_sharders(), LMAEmbeddingBagCollectionSharder()]
+        model = DistributedModelParallel(model, sharders=sharders)
     """
 
     def shard(

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from torchrec.datasets.utils import Batch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-import torchrec_lma.data as data
-from torchrec_lma.data import CriteoDataset, ParquetDataset, Schema, Split, Vocabulary, encode_ids, encode_numeric
+import torchrec_lma.datasets.readers as data
+from torchrec_lma.datasets import CriteoDataset, ParquetDataset, Schema, Split, Vocabulary, encode_ids, encode_numeric
 
 MANY = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 ROW = Schema("label", ("row",))

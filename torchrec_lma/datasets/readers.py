@@ -35,6 +35,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 SPLITS = ("train", "validation", "test")
 READ_ROWS = 1 << 16  # rows decoded at a time
+PARQUET_BUFFER_BYTES = 1 << 20  # of one column
 CSV_BLOCK_BYTES = 8 << 20
 HEX_DIGITS = 16  # of a 64-bit id
 STRING_KINDS = (
@@ -524,7 +525,8 @@ class ParquetDataset(RowDataset):
         return units
 
     def _read(self, unit: Unit, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        with self._reading(unit.path), pq.ParquetFile(unit.path, filesystem=self._filesystem) as file:
+        options = {"buffer_size": PARQUET_BUFFER_BYTES, "pre_buffer": False}  # else a row group's bytes are held whole
+        with self._reading(unit.path), pq.ParquetFile(unit.path, filesystem=self._filesystem, **options) as file:
             yield from file.iter_batches(READ_ROWS, row_groups=[unit.row_group], columns=list(columns))
 
     @staticmethod

@@ -1,6 +1,6 @@
-"""MovieLens-100K as one parquet file that `torchrec_lma.data.ParquetDataset` reads.
+"""MovieLens-100K as one parquet file that `torchrec_lma.datasets.ParquetDataset` reads.
 
-    python examples/dlrm/movielens.py --cache DIR
+    python -m torchrec_lma.datasets.movielens --cache DIR
 
 The data come with the recbole wheel on PyPI. Where there is no network, put that wheel into the cache directory.
 """
@@ -19,7 +19,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from torchrec_lma.data import Schema
+from torchrec_lma.datasets.readers import Schema
 
 RECBOLE = "recbole==1.2.1"
 WHEEL = "recbole-1.2.1-py3-none-any.whl"

@@ -1,0 +1,169 @@
+"""The integer arithmetic under every address, against the same arithmetic on Python's unbounded integers."""
+
+import hashlib
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from torchrec_lma.hashing import chunk_multipliers, mix64, salt, table_salt, to_rows
+
+MASK = 2**64 - 1
+INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
+EXTREMES = [0, 1, -1, 2, -2, 2**31 - 1, 2**31, -(2**31), 2**32, 2**63 - 2, INT64_MAX, INT64_MIN, INT64_MIN + 1]
+int64s = st.integers(INT64_MIN, INT64_MAX) | st.sampled_from(EXTREMES)
+
+holds_for_every_input = settings(derandomize=True, deadline=None, max_examples=200)
+
+
+def signed(x: int) -> int:
+    x &= MASK
+    return x - 2**64 if x >= 2**63 else x
+
+
+def reference_mix64(x: int) -> int:
+    """The finalizer of splitmix64, https://prng.di.unimi.it/splitmix64.c."""
+    x &= MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK
+    return signed(x ^ (x >> 31))
+
+
+def undo_xor_shift(y: int, shift: int) -> int:
+    x = y
+    for _ in range(64 // shift):
+        x = y ^ (x >> shift)
+    return x
+
+
+def unmix64(y: int) -> int:
+    """The inverse of `reference_mix64`."""
+    y = undo_xor_shift(y & MASK, 31)
+    y = undo_xor_shift(y * pow(0x94D049BB133111EB, -1, 2**64) & MASK, 27)
+    return signed(undo_xor_shift(y * pow(0xBF58476D1CE4E5B9, -1, 2**64) & MASK, 30))
+
+
+def reference_to_row(x: int, multiplier: int, rows: int) -> int:
+    product = signed(x * multiplier)
+    return ((product ^ (product >> 32)) & (2**63 - 1)) % rows
+
+
+def random_int64(n: int, seed: int) -> torch.Tensor:
+    return torch.randint(INT64_MIN, INT64_MAX, (n,), generator=torch.Generator().manual_seed(seed))
+
+
+@holds_for_every_input
+@given(st.lists(int64s, min_size=1, max_size=20))
+def test_mix64_is_splitmix64_for_every_int64(values: list[int]) -> None:
+    assert mix64(torch.tensor(values)).tolist() == [reference_mix64(x) for x in values]
+
+
+def test_mix64_gives_the_published_numbers_of_splitmix64() -> None:
+    # The generator adds the golden gamma to its seed and finalizes: these are its first outputs for seed 1234567.
+    state = [signed(1234567 + k * 0x9E3779B97F4A7C15) for k in range(1, 6)]
+    published = [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    ]
+    assert [x & MASK for x in mix64(torch.tensor(state)).tolist()] == published
+
+
+@holds_for_every_input
+@given(int64s)
+def test_mix64_loses_no_information(x: int) -> None:
+    assert unmix64(int(mix64(torch.tensor(x)))) == x
+
+
+def test_mix64_maps_a_million_close_ids_to_different_keys() -> None:
+    ids = torch.cat([torch.arange(-250_000, 250_000), torch.arange(1, 500_001) << 40])
+    assert mix64(ids).unique().numel() == ids.numel()
+
+
+def test_every_input_bit_of_mix64_flips_every_output_bit_half_of_the_time() -> None:
+    ids = torch.arange(4000)
+    for bit in range(64):
+        flipped = mix64(ids) ^ mix64(ids ^ signed(1 << bit))
+        share = torch.stack([(flipped >> out) & 1 for out in range(64)]).double().mean(dim=1)
+        assert (share - 0.5).abs().max() < 5 * 0.5 / 4000**0.5
+
+
+def test_mix64_keeps_shapes_and_takes_no_ids() -> None:
+    assert mix64(torch.zeros(2, 3, dtype=torch.int64)).shape == (2, 3)
+    assert mix64(torch.empty(0, dtype=torch.int64)).shape == (0,)
+
+
+@holds_for_every_input
+@given(
+    st.lists(int64s, min_size=1, max_size=8),
+    st.lists(int64s.map(lambda x: x | 1), min_size=1, max_size=8),
+    st.integers(1, 2**31 - 1) | st.sampled_from([1, 2, 3, 2**16, 2**30, 2**31 - 1]),
+)
+def test_to_rows_is_multiply_fold_and_remainder(values: list[int], multipliers: list[int], rows: int) -> None:
+    result = to_rows(torch.tensor([values]), torch.tensor(multipliers), rows)
+    assert result.tolist() == [[reference_to_row(x, m, rows) for x in values] for m in multipliers]
+    assert 0 <= int(result.min()) and int(result.max()) < rows
+
+
+def test_to_rows_takes_one_key_for_each_chunk() -> None:
+    x, multipliers = random_int64(15, seed=0).view(3, 5), chunk_multipliers(0, 3)
+    expected = [[reference_to_row(v, m, 1000) for v in line] for line, m in zip(x.tolist(), multipliers.tolist())]
+    assert to_rows(x, multipliers, 1000).tolist() == expected
+
+
+def test_to_rows_sends_everything_to_the_only_row() -> None:
+    assert to_rows(random_int64(100, seed=1).view(1, -1), chunk_multipliers(0, 4), 1).unique().tolist() == [0]
+
+
+@pytest.mark.parametrize("trailing_zeros", [8, 20, 32])
+def test_keys_that_agree_in_their_low_bits_part_in_the_other_chunks(trailing_zeros: int) -> None:
+    # What the fold is for: a product with an odd number keeps agreement in low bits on every chunk.
+    rows, n = 256, 20_000
+    a = mix64(torch.arange(n))
+    b = a + (torch.randint(1, 2**20, (n,), generator=torch.Generator().manual_seed(2)) << trailing_zeros)
+    multipliers = chunk_multipliers(0, 8)
+    equal = to_rows(a.view(1, -1), multipliers, rows) == to_rows(b.view(1, -1), multipliers, rows)
+    expected = 1 / rows
+    assert abs(equal.double().mean() - expected) < 6 * (expected / equal.numel()) ** 0.5
+
+
+@pytest.mark.parametrize(
+    "constant, pinned",
+    [
+        (salt("signature", 0), 1628369928481471983),
+        (salt("minhash", 0, 1, 2), -5061035593744744478),
+        (table_salt(0, "t_user"), 3999495583570417351),
+        (table_salt(1, "t_user"), -1303307524075815441),
+        (chunk_multipliers(0, 4)[0].item(), 1651093315794494627),
+        (chunk_multipliers(0, 4)[3].item(), -2380796323525005595),
+        (chunk_multipliers(7, 1)[0].item(), -4298923444568962945),
+    ],
+)
+def test_constants_never_change(constant: int, pinned: int) -> None:
+    """Every saved checkpoint depends on them: if this fails, old weights are read at the wrong addresses."""
+    assert constant == pinned
+
+
+@holds_for_every_input
+@given(st.lists(st.text() | st.integers(), min_size=1, max_size=4))
+def test_salt_is_the_first_eight_bytes_of_sha256(parts: list[object]) -> None:
+    digest = hashlib.sha256("\x1f".join(map(str, parts)).encode("utf-8")).digest()
+    assert salt(*parts) == int.from_bytes(digest[:8], "little", signed=True)
+
+
+def test_table_salts_differ_between_tables_and_seeds() -> None:
+    salts = {table_salt(seed, f"t{i}") for seed in range(20) for i in range(20)}
+    assert len(salts) == 400
+
+
+@holds_for_every_input
+@given(st.integers(0, 2**40), st.integers(1, 32), st.integers(1, 32))
+def test_chunk_multipliers_are_odd_and_do_not_depend_on_how_many_there_are(seed: int, n: int, more: int) -> None:
+    few, many = chunk_multipliers(seed, n), chunk_multipliers(seed, n + more)
+    assert few.dtype is torch.int64
+    assert all(m % 2 == 1 for m in many.tolist())
+    assert many[:n].tolist() == few.tolist()
+    assert len(set(many.tolist())) == n + more
