@@ -32,6 +32,9 @@ class MemoryAddressing(nn.Module):
     has_dedicated: Final[bool]
     has_signatures: Final[bool]
     within_table: Final[bool]
+    multipliers: Tensor
+    signatures: Tensor
+    value_of_chunk: Tensor
 
     def __init__(self, memory: MemoryAllocation, seed: int) -> None:
         super().__init__()
@@ -85,6 +88,8 @@ class Addressing(nn.Module):
     A child of the collection, sharded or not, so that the allocation travels in every state_dict and checkpoint.
     `check_state_dict` refuses weights that were trained under other addresses.
     """
+
+    fingerprint: Tensor
 
     def __init__(self, allocation: Allocation) -> None:
         super().__init__()

@@ -26,6 +26,9 @@ class ChunkExpansion(nn.Module):
         device: of the input.
     """
 
+    salts: Tensor
+    feature_major: Tensor
+
     def __init__(
         self,
         addressing: MemoryAddressing,

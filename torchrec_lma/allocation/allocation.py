@@ -14,6 +14,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from torchrec_lma.allocation.layout import MemoryLayout, TableSpec, lay_out
@@ -225,7 +226,7 @@ class Allocation:
         state = {
             key: torch.empty(value.size, dtype=value.properties.dtype)
             for key, value in stored.items()
-            if key.startswith(prefix)
+            if key.startswith(prefix) and isinstance(value, TensorStorageMetadata)
         }
         dcp.load(state, storage_reader=reader, no_dist=True)
         header = bytes(state[prefix + "header"].tolist()).decode()
@@ -252,7 +253,7 @@ class Allocation:
         values = json.loads(header)
         memories = []
         for memory in values["memories"]:
-            own = {
+            own: dict[str, Any] = {
                 name: tensors[f"{memory['name']}/{name}"] for name in _TENSORS if f"{memory['name']}/{name}" in tensors
             }
             memories.append(MemoryAllocation(**{**memory, "tables": tuple(memory["tables"])}, **own))

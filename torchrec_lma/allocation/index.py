@@ -48,6 +48,9 @@ class IdIndex(nn.Module):
     Scripts and traces; `low` and `starts` are persistent buffers made by `build_index`.
     """
 
+    low: Tensor
+    starts: Tensor
+
     def __init__(self, low: Tensor, starts: Tensor) -> None:
         super().__init__()
         self.register_buffer("low", low)

@@ -118,20 +118,20 @@ def lay_out(tables: Sequence[EmbeddingBagConfig], config: LMAConfig) -> tuple[Me
                     "put the others in an LMAEmbeddingBagCollection of their own"
                 )
 
-    specs = {
+    specs: dict[int, tuple[TableSpec, ...]] = {
         dim: tuple(
             TableSpec(table.name, table.num_embeddings, table.embedding_dim, table.data_type.name) for table in members
         )
         for dim, members in by_dim.items()
     }
-    full_bytes = {dim: sum(table.full_bytes for table in members) for dim, members in specs.items()}
+    full_bytes = {dim: sum(table.full_bytes for table in spec) for dim, spec in specs.items()}
     total = sum(full_bytes.values())
     layouts = []
-    for dim, members in specs.items():
+    for dim, spec in specs.items():
         if config.memory_bytes is not None:
             budget = config.memory_bytes * full_bytes[dim] // total
         else:
             assert config.compression is not None
             budget = int(full_bytes[dim] / config.compression)
-        layouts.append(MemoryLayout(f"memory_{dim}", members, config.chunk_dim, budget))
+        layouts.append(MemoryLayout(f"memory_{dim}", spec, config.chunk_dim, budget))
     return tuple(layouts)

@@ -51,12 +51,16 @@ class LMAGroupedPooledEmbeddingsLookup(GroupedPooledEmbeddingsLookup):
 class _LMASharding:
     """Mixin for TorchRec's pooled shardings: their own grouping and communication, an LMA lookup."""
 
+    _env: ShardingEnv
+    _device: torch.device
+    _grouped_embedding_configs: list[GroupedEmbeddingConfig]
+
     _sharding_type: ShardingType | None = None  # only row-wise sharding tells its kernels (it pools MEAN as SUM)
     _scale_weight_gradients = True
 
     def __init__(self, specs: LMASpecs, sharding_infos: list[EmbeddingShardingInfo], *args: Any, **kwargs: Any) -> None:
         self._lma_specs = specs
-        super().__init__(sharding_infos, *args, **kwargs)
+        super().__init__(sharding_infos, *args, **kwargs)  # type: ignore[call-arg]  # the sharding beside this mixin
 
     def create_lookup(
         self,

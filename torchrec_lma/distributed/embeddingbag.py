@@ -125,7 +125,7 @@ class ShardedLMAEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         if self._has_uninitialized_input_dist:
             # What the base class does on the first batch, less its warning that ids are not below num_embeddings.
             self._create_input_dist(features.keys())
-            self._has_uninitialized_input_dist = False
+            self._has_uninitialized_input_dist: bool = False
             if self._has_mean_pooling_callback:
                 self._init_mean_pooling_callback(features.keys(), None)
         return super().input_dist(ctx, features)
