@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torchrec.optim.keyed import KeyedOptimizer
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 
 _PROGRESS = "progress.json"
 
@@ -31,7 +31,7 @@ class Checkpoints:
     def newest(self) -> Path | None:
         return max(self.folder.glob("epoch-*"), default=None)
 
-    def save(self, epoch: int, model: nn.Module, optimizer: KeyedOptimizer, progress: dict[str, Any]) -> Path:
+    def save(self, epoch: int, model: nn.Module, optimizer: CombinedOptimizer, progress: dict[str, Any]) -> Path:
         """Collective. `progress` is JSON that `load` gives back."""
         final = self.folder / f"epoch-{epoch:04d}"
         writing = self.folder / f".writing-{final.name}"
@@ -49,8 +49,11 @@ class Checkpoints:
         dist.barrier()
         return final
 
-    def load(self, path: Path, model: nn.Module, optimizer: KeyedOptimizer) -> dict[str, Any]:
+    def load(self, path: Path, model: nn.Module, optimizer: CombinedOptimizer) -> dict[str, Any]:
         """Collective. Loads in place and returns the progress that was saved."""
+        for _, part in optimizer.optimizers:
+            if isinstance(part, KeyedOptimizerWrapper):
+                part.init_state()  # Adam makes its state at the first step; there would be nothing to load into
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
         dcp.load(state, checkpoint_id=path)
         model.load_state_dict(state["model"])

@@ -247,11 +247,13 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     apply_optimizer_in_backward(OPTIMIZERS[args.optimizer], ebc.parameters(), {"lr": args.lr})
     plan = make_plan(args, model, device)
     dmp = DistributedModelParallel(model, device=device, plan=plan, sharders=get_default_sharders())
-    in_backward = dmp.fused_optimizer
     parameters = dict(in_backward_optimizer_filter(dmp.named_parameters()))
     tables = {name: p for name, p in parameters.items() if "embedding_bags" in name}  # data-parallel ones
     layers = {name: p for name, p in parameters.items() if name not in tables}
-    optimizers = [in_backward, KeyedOptimizerWrapper(layers, lambda p: torch.optim.Adam(p, lr=args.dense_lr))]
+    optimizers = [
+        dmp.fused_optimizer,
+        KeyedOptimizerWrapper(layers, lambda p: torch.optim.Adam(p, lr=args.dense_lr)),
+    ]
     if tables:
         optimizers.append(KeyedOptimizerWrapper(tables, lambda p: OPTIMIZERS[args.optimizer](p, lr=args.lr)))
     optimizer = CombinedOptimizer(optimizers)
