@@ -1,5 +1,6 @@
 """Sharded collections against one process, in plain torch: forward, gradients, optimizer steps, checkpoints."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch.distributed.checkpoint as dcp
 import torchrec
 from ranks import run
 from torch import Tensor, nn
-from torchrec import EmbeddingBagConfig, KeyedJaggedTensor, PoolingType
+from torchrec import DataType, EmbeddingBagConfig, KeyedJaggedTensor, PoolingType
 from torchrec.datasets.utils import Batch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
@@ -45,6 +46,7 @@ MEMORIES = {"memory_16": ["f0", "f2", "f1"], "memory_8": ["f3"]}
 CHUNK = 4
 BATCH = 6
 LR = 0.1
+CPU = torch.device("cpu")
 
 
 def tables(pooling: PoolingType = PoolingType.SUM) -> list[EmbeddingBagConfig]:
@@ -233,7 +235,7 @@ def build(
         tables(pooling), allocation.config, allocation, is_weighted=weighted, device=torch.device("meta")
     )
     model = Model(ebc)
-    fused = sharding != "data_parallel"
+    fused = sharding != "data_parallel" and not sharding.endswith("_dense")
     if fused:
         apply_optimizer_in_backward(OPTIMIZERS[optimizer], ebc.parameters(), {"lr": LR})
     if sharding == "planner":
@@ -243,8 +245,8 @@ def build(
             model, get_default_sharders(), dist.GroupMember.WORLD
         )
     else:
-        plan = plan_of(sharding, ebc, "fused" if fused else "dense")
-    dmp = DistributedModelParallel(model, device=torch.device("cpu"), plan=plan, sharders=get_default_sharders())
+        plan = plan_of(sharding.removesuffix("_dense"), ebc, "fused" if fused else "dense")
+    dmp = DistributedModelParallel(model, device=CPU, plan=plan, sharders=get_default_sharders())
     parameters = dict(in_backward_optimizer_filter(dmp.named_parameters()))
     over = {name: p for name, p in parameters.items() if "over" in name}
     memories = {name: p for name, p in parameters.items() if "over" not in name}
@@ -282,7 +284,7 @@ def train_sharded(
     dmp, optim, plan = build(allocation, sharding, optimizer, pooling, weighted)
     batches = [batch(step, dist.get_rank(), weighted) for step in range(steps)]
     if pipeline:
-        train_pipeline = TrainPipelineSparseDist(dmp, optim, torch.device("cpu"))
+        train_pipeline = TrainPipelineSparseDist(dmp, optim, CPU)
         iterator = iter(batches)
         for _ in batches:
             train_pipeline.progress(iterator)
@@ -310,6 +312,7 @@ CASES = [
         if o != "adam"
     ],
     *[("data_parallel", o, "SUM", False, False) for o in ("sgd", "adam")],
+    *[(f"{s}_dense", "adam", "SUM", False, False) for s in ("table_wise", "column_wise", "row_wise")],
     *[(s, "sgd", "SUM", True, False) for s in ("table_wise", "column_wise", "row_wise", "data_parallel")],
     *[(s, "sgd", "MEAN", w, False) for s in ("table_wise", "column_wise", "row_wise", "data_parallel") for w in (0, 1)],
     *[(s, "rowwise_adagrad", "SUM", False, True) for s in ("table_wise", "column_wise", "row_wise", "planner")],
@@ -340,6 +343,46 @@ def test_training_equals_one_process(
         torch.testing.assert_close(value, sums[memory], rtol=1e-4, atol=1e-6)
     if sharding in ("column_wise", "row_wise") and optimizer != "sgd":
         assert len(results[0][1]) == len(MEMORIES), "optimizer state is missing from the state_dict"
+
+
+def pooled(allocation: Allocation, data_type: DataType, sharding: str) -> tuple[Tensor, Tensor]:
+    """Embeddings of a sharded collection, and of an unsharded one with the same weights; after one fused step."""
+    configs = [dataclasses.replace(table, data_type=data_type, init_fn=None) for table in tables()]
+    allocation = Allocation.hashed(configs, allocation.config)
+    ebc = LMAEmbeddingBagCollection(configs, allocation.config, allocation)
+    apply_optimizer_in_backward(torch.optim.SGD, ebc.parameters(), {"lr": LR})
+    plan = plan_of(sharding, ebc, "fused")
+    dmp = DistributedModelParallel(nn.ModuleDict({"ebc": ebc}), plan=plan, sharders=get_default_sharders(), device=CPU)
+    out = dmp.module["ebc"](features(dist.get_rank())).wait()
+    torch.cat([out[feature] for feature in FEATURES], 1).float().sum().backward()
+    out = dmp.module["ebc"](features(7)).wait()
+    state = whole({name.removeprefix("ebc."): value for name, value in dmp.state_dict().items()})
+    ebc.load_state_dict(state)
+    reference = ebc(features(7))
+    return (
+        torch.cat([out[feature] for feature in FEATURES], 1).detach(),
+        torch.cat([reference[feature] for feature in FEATURES], 1).detach(),
+    )
+
+
+@pytest.mark.parametrize("data_type", [DataType.FP16, DataType.FP32])
+@pytest.mark.parametrize("sharding", ["table_wise", "row_wise"])
+def test_weights_of_every_type_train_sharded(allocation: Allocation, data_type: DataType, sharding: str) -> None:
+    sharded, unsharded = run(pooled, 2, allocation, data_type, sharding)[0]
+    assert sharded.dtype is torch.float32 and sharded.abs().max() > LR  # a step of SGD on a sum moves weights by LR
+    torch.testing.assert_close(sharded, unsharded, rtol=2e-2, atol=2e-2)
+
+
+def bf16_error(allocation: Allocation) -> str:
+    try:
+        pooled(allocation, DataType.BF16, "table_wise")
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def test_bf16_is_refused_where_fbgemm_has_no_kernel(allocation: Allocation) -> None:
+    assert "got BF16" in run(bf16_error, 1, allocation)[0]
 
 
 def save(allocation: Allocation, sharding: str, path: str) -> dict[str, Tensor]:
@@ -458,7 +501,7 @@ def error_of(allocation: Allocation, sharding: str, optimizer: str, wrong: str) 
                     )
                 }
             )
-            DistributedModelParallel(Model(ebc), device=torch.device("cpu"), plan=plan, sharders=get_default_sharders())
+            DistributedModelParallel(Model(ebc), device=CPU, plan=plan, sharders=get_default_sharders())
         dmp, _, _ = build(allocation, sharding, optimizer)
         good = batch(0, dist.get_rank())
         if wrong == "missing feature":

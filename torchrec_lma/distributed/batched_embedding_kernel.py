@@ -33,7 +33,7 @@ from torchrec.distributed.embedding_types import (
     compute_kernel_to_embedding_location,
 )
 from torchrec.distributed.types import Shard, ShardedTensor, ShardedTensorMetadata, ShardingType, ShardMetadata
-from torchrec.modules.embedding_configs import data_type_to_sparse_type
+from torchrec.modules.embedding_configs import DataType, data_type_to_sparse_type
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_lma.distributed.specs import LMASpecs
@@ -171,6 +171,9 @@ class _LMAKernel(BaseBatchedEmbeddingBag[Tensor]):
         device: torch.device | None,
         sharding_type: ShardingType | None,
     ) -> None:
+        self._on_cpu = device is None or device.type == "cpu"
+        if self._on_cpu and config.data_type is DataType.BF16:
+            raise ValueError("FBGEMM's CPU kernels take FP32 and FP16 weights, got BF16; choose another data_type")
         # BatchedFusedEmbeddingBag and BatchedDenseEmbeddingBag build their TBE inside __init__ from the logical
         # shapes, so theirs is skipped and the common base is initialised alone.
         BaseBatchedEmbeddingBag.__init__(self, config, pg, device, sharding_type)
@@ -240,17 +243,16 @@ class LMABatchedFusedEmbeddingBag(_LMAKernel, BatchedFusedEmbeddingBag):
         sharding_type: ShardingType | None = None,
     ) -> None:
         self._init_lma(config, specs, pg, device, sharding_type)
-        on_cpu = device is None or device.type == "cpu"
         fused_params = dict(config.fused_params or {})
-        _check_fused(specs.chunk_dim, fused_params, on_cpu)
+        _check_fused(specs.chunk_dim, fused_params, self._on_cpu)
         weights_precision = data_type_to_sparse_type(config.data_type)
         fused_params.setdefault("cache_precision", weights_precision)
         embedding_specs = [
             (
                 rows,
                 cols,
-                EmbeddingLocation.HOST if on_cpu else compute_kernel_to_embedding_location(table.compute_kernel),
-                ComputeDevice.CPU if on_cpu else ComputeDevice.CUDA,
+                EmbeddingLocation.HOST if self._on_cpu else compute_kernel_to_embedding_location(table.compute_kernel),
+                ComputeDevice.CPU if self._on_cpu else ComputeDevice.CUDA,
             )
             for (rows, cols), table in zip(self._physical_shapes(), config.embedding_tables)
         ]
@@ -312,7 +314,7 @@ class LMABatchedDenseEmbeddingBag(_LMAKernel, BatchedDenseEmbeddingBag):
             self._physical_shapes(),
             feature_table_map=self._feature_table_map,
             pooling_mode=self._pooling,
-            use_cpu=device is None or device.type == "cpu",
+            use_cpu=self._on_cpu,
             weights_precision=data_type_to_sparse_type(config.data_type),
         )
         self._param_per_table = _table_slices(self, [self._emb_module.weights] * len(config.embedding_tables))
