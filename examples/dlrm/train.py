@@ -30,7 +30,7 @@ from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterCons
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.distributed.types import ShardingPlan
 from torchrec.models.dlrm import DLRM, DLRMTrain
-from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, data_type_to_dtype
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.optim import RowWiseAdagrad
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
@@ -54,6 +54,7 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
     "adagrad": torch.optim.Adagrad,
     "rowwise-adagrad": RowWiseAdagrad,
+    "adam": torch.optim.Adam,
 }
 Prepare = Callable[[Batch], Batch]
 
@@ -89,7 +90,13 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         default=1,
         help="stop after this many epochs without a better validation AUC (default: %(default)s)",
     )
-    training.add_argument("--optimizer", choices=OPTIMIZERS, default="rowwise-adagrad", help="of the tables")
+    training.add_argument(
+        "--optimizer",
+        choices=OPTIMIZERS,
+        default="rowwise-adagrad",
+        help="of the tables; FBGEMM has no fused Adam on the CPU, where adam trains data-parallel tables "
+        "(default: %(default)s)",
+    )
     training.add_argument("--lr", type=float, default=0.05, help="of the tables (default: %(default)s)")
     training.add_argument("--dense-lr", type=float, default=1e-3, help="of the layers, Adam (default: %(default)s)")
     training.add_argument("--seed", type=int, default=0, help="of weights and shuffling (default: %(default)s)")
@@ -100,9 +107,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         nargs="+",
         metavar="TYPE",
         choices=("data_parallel", "table_wise", "column_wise", "row_wise"),
-        help="what the planner may choose from (default: all that run on the device)",
+        help="what the planner may choose from (default: all that run with the optimizer and --chunk-dim)",
     )
-    sharding.add_argument("--compute-kernels", nargs="+", metavar="KERNEL", help="likewise: fused, dense")
 
     run = parser.add_argument_group("run")
     run.add_argument("--checkpoint-dir", type=Path, metavar="DIR", help="save after every epoch, keep the last two")
@@ -186,12 +192,26 @@ def _allocation(
     return builders[0].build()
 
 
-def make_plan(args: argparse.Namespace, model: torch.nn.Module, device: torch.device) -> ShardingPlan:
+def allowed_sharding_types(args: argparse.Namespace, device: torch.device) -> list[str] | None:
+    """What the planner may choose from; None is all. Raises ValueError if nothing runs."""
+    why = None
+    if args.optimizer == "adam" and device.type == "cpu":
+        why = "FBGEMM has no fused Adam on the CPU"
+    elif args.table == "lma" and args.chunk_dim % 4 != 0:
+        why = f"fused kernels need a --chunk-dim that is a multiple of 4, not {args.chunk_dim}"
+    if why is None:
+        return args.sharding_types
+    if args.sharding_types is not None and "data_parallel" not in args.sharding_types:
+        raise ValueError(f"{why}, so tables must be data_parallel; --sharding-types has {args.sharding_types}")
+    return ["data_parallel"]
+
+
+def make_plan(
+    model: torch.nn.Module, device: torch.device, sharding_types: list[str] | None, chunk_dim: int
+) -> ShardingPlan:
     """The planner's own plan within the given constraints."""
     constraints = {
-        table.name: ParameterConstraints(
-            sharding_types=args.sharding_types, compute_kernels=args.compute_kernels, min_partition=args.chunk_dim
-        )
+        table.name: ParameterConstraints(sharding_types=sharding_types, min_partition=chunk_dim)
         for table in model.model.sparse_arch.embedding_bag_collection.embedding_bag_configs()
     }
     topology = Topology(
@@ -244,8 +264,10 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
             dense_device=device,
         )
     )
-    apply_optimizer_in_backward(OPTIMIZERS[args.optimizer], ebc.parameters(), {"lr": args.lr})
-    plan = make_plan(args, model, device)
+    sharding_types = allowed_sharding_types(args, device)
+    if sharding_types != ["data_parallel"]:
+        apply_optimizer_in_backward(OPTIMIZERS[args.optimizer], ebc.parameters(), {"lr": args.lr})
+    plan = make_plan(model, device, sharding_types, args.chunk_dim)
     dmp = DistributedModelParallel(model, device=device, plan=plan, sharders=get_default_sharders())
     parameters = dict(in_backward_optimizer_filter(dmp.named_parameters()))
     tables = {name: p for name, p in parameters.items() if "embedding_bags" in name}  # data-parallel ones
@@ -316,7 +338,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
             for module in plan.plan.values()
             for name, p in module.items()
         },
-        "memory": memory_use(ebc, args.optimizer),
+        "memory": memory_use(ebc, args.optimizer, sharding_types == ["data_parallel"]),
         # The first steps allocate and warm up.
         "median_step_ms": 1000 * statistics.median(step_seconds[5:]) if len(step_seconds) > 5 else None,
         **progress,
@@ -334,16 +356,24 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     return record
 
 
-def memory_use(ebc: EmbeddingBagCollection, optimizer: str) -> dict[str, int]:
-    """Bytes over all ranks of the tables, their optimizer state and their allocation."""
-    if isinstance(ebc, LMAEmbeddingBagCollection):
-        report = ebc.memory_report()
-        return {name: getattr(report, f"{name}_bytes") for name in ("weight", "optimizer", "allocation", "full")}
-    configs = ebc.embedding_bag_configs()
-    state_values = {"sgd": 0, "adagrad": sum(c.num_embeddings * c.embedding_dim for c in configs)}
-    weight = sum(c.num_embeddings * c.embedding_dim * (4 if c.data_type.name == "FP32" else 2) for c in configs)
-    state = state_values.get(optimizer, sum(c.num_embeddings for c in configs))
-    return {"weight": weight, "optimizer": 4 * state, "allocation": 0, "full": weight}
+def memory_use(ebc: EmbeddingBagCollection, optimizer: str, data_parallel: bool) -> dict[str, int]:
+    """Bytes of the tables, their optimizer state and their allocation; once, however many ranks replicate them."""
+    lma = isinstance(ebc, LMAEmbeddingBagCollection)
+    weight_bytes = state_values = 0
+    for table in ebc.embedding_bag_configs():
+        weights = table.num_embeddings * table.embedding_dim
+        weight_bytes += weights * data_type_to_dtype(table.data_type).itemsize
+        # FBGEMM's rows are chunks; the dense optimizer sees whole rows.
+        row_dim = ebc.config.chunk_dim if lma and not data_parallel else table.embedding_dim
+        state_values += {"sgd": 0, "adagrad": weights, "adam": 2 * weights, "rowwise-adagrad": weights // row_dim}[
+            optimizer
+        ]
+    return {
+        "weight": weight_bytes,
+        "optimizer": 4 * state_values,
+        "allocation": ebc.allocation.nbytes if lma else 0,
+        "full": ebc.memory_report().full_bytes if lma else weight_bytes,
+    }
 
 
 if __name__ == "__main__":
