@@ -1,7 +1,6 @@
 """Where ids live, against addresses computed with Python's integers; their statistics; the paper's theorem."""
 
 import functools
-import hashlib
 import io
 import itertools
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from integer_reference import MASK, reference_mix64, reference_salt, signed
 from scipy import stats
 from torch import Tensor, fx, nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
@@ -22,7 +22,6 @@ from torchrec_lma.allocation import MemoryAllocation, RowsMinHash
 from torchrec_lma.allocation.index import IdIndex, build_index
 from torchrec_lma.hashing import mix64, table_salt
 
-MASK = 2**64 - 1
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 EXTREMES = [0, 1, -1, INT64_MIN, INT64_MIN + 1, INT64_MAX, INT64_MAX - 1, 2**31, -(2**31), 2**32, 2**53 + 1]
 int64s = st.integers(INT64_MIN, INT64_MAX) | st.sampled_from(EXTREMES)
@@ -33,23 +32,6 @@ def holds_for_every_input(max_examples: int) -> settings:
 
 
 # The reference: plain integers, one id and one chunk at a time.
-
-
-def signed(x: int) -> int:
-    x &= MASK
-    return x - 2**64 if x >= 2**63 else x
-
-
-def reference_mix64(x: int) -> int:
-    x &= MASK
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK
-    return signed(x ^ (x >> 31))
-
-
-def reference_salt(*parts: object) -> int:
-    digest = hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "little", signed=True)
 
 
 @dataclass

@@ -1,6 +1,5 @@
 """Building allocations from rows, and the artifact: saved, damaged, refused, read back from a checkpoint."""
 
-import hashlib
 import itertools
 import json
 import os
@@ -16,6 +15,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from integer_reference import MASK, reference_mix64, reference_salt
 from torch import nn
 from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, PoolingType
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -25,7 +25,6 @@ from torchrec_lma import Allocation, AllocationBuilder, LMAConfig, LMAEmbeddingB
 from torchrec_lma.allocation import MemoryAllocation, RowsMinHash
 from torchrec_lma.allocation.sample import RowSample
 
-MASK = 2**64 - 1
 Row = dict[str, list[int]]  # feature -> ids
 
 
@@ -81,23 +80,6 @@ def addresses(allocation: Allocation, feature: str, ids: Sequence[int], tables=T
 
 
 # References in plain integers.
-
-
-def signed(x: int) -> int:
-    x &= MASK
-    return x - 2**64 if x >= 2**63 else x
-
-
-def reference_mix64(x: int) -> int:
-    x &= MASK
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK
-    return signed(x ^ (x >> 31))
-
-
-def reference_salt(*parts: object) -> int:
-    digest = hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "little", signed=True)
 
 
 TABLE_OF = {feature: t.name for t in TABLES for feature in t.feature_names}

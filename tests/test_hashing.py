@@ -6,28 +6,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from integer_reference import MASK, reference_mix64, signed
 
 from torchrec_lma.hashing import chunk_multipliers, mix64, salt, table_salt, to_rows
 
-MASK = 2**64 - 1
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 EXTREMES = [0, 1, -1, 2, -2, 2**31 - 1, 2**31, -(2**31), 2**32, 2**63 - 2, INT64_MAX, INT64_MIN, INT64_MIN + 1]
 int64s = st.integers(INT64_MIN, INT64_MAX) | st.sampled_from(EXTREMES)
 
 holds_for_every_input = settings(derandomize=True, deadline=None, max_examples=200)
-
-
-def signed(x: int) -> int:
-    x &= MASK
-    return x - 2**64 if x >= 2**63 else x
-
-
-def reference_mix64(x: int) -> int:
-    """The finalizer of splitmix64, https://prng.di.unimi.it/splitmix64.c."""
-    x &= MASK
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK
-    return signed(x ^ (x >> 31))
 
 
 def undo_xor_shift(y: int, shift: int) -> int:
