@@ -2,9 +2,11 @@
 
 import atexit
 import os
+import shutil
 import tempfile
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -15,68 +17,83 @@ import torch.multiprocessing as mp
 _TIMEOUT_SECONDS = 120
 
 
-def _serve(rank: int, connection: Connection) -> None:
+def _serve(rank: int, world_size: int, local_world_size: int, store: str, connection: Connection) -> None:
     torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": str(rank % local_world_size),
+        "LOCAL_WORLD_SIZE": str(local_world_size),
+    }
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     while True:
         try:
-            function, args, world_size, local_world_size, store = connection.recv()
+            function, args = connection.recv()
         except EOFError:
             return
-        os.environ |= {
-            "RANK": str(rank),
-            "WORLD_SIZE": str(world_size),
-            "LOCAL_RANK": str(rank % local_world_size),
-            "LOCAL_WORLD_SIZE": str(local_world_size),
-        }
         try:
-            dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
             result = function(*args)
             dist.barrier()
-            dist.destroy_process_group()
             connection.send((True, result))
         except BaseException as error:
             connection.send((False, f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
 
 
-class Ranks:
-    def __init__(self) -> None:
-        # By world size: TorchRec keeps process-wide state that assumes one world size for a process's life.
-        self._workers: dict[int, list[tuple[Any, Connection]]] = {}
-        atexit.register(self.stop)
+@dataclass
+class _Group:
+    """The ranks of one process group. TorchRec keeps process groups in globals, so a process serves in one only."""
 
-    def run(
-        self, function: Callable[..., Any], world_size: int, *args: Any, local_world_size: int | None = None
-    ) -> list[Any]:
-        """Calls `function(*args)` on every rank of a fresh process group; returns the results in rank order."""
-        context = mp.get_context("spawn")
-        workers = self._workers.setdefault(world_size, [])
-        while len(workers) < world_size:
-            here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(len(workers), there), daemon=True)
-            process.start()
-            there.close()  # so that a dead worker reads as end of file
-            workers.append((process, here))
-        with tempfile.TemporaryDirectory() as folder:
-            for _, connection in workers:
-                connection.send((function, args, world_size, local_world_size or world_size, f"{folder}/store"))
-            results: list[Any] = []
-            for rank, (process, connection) in enumerate(workers):
-                try:
-                    ok, result = connection.recv() if connection.poll(_TIMEOUT_SECONDS) else (False, "timed out")
-                except EOFError:
-                    ok, result = False, f"died with exit code {process.exitcode}"
-                if not ok:
-                    self.stop()  # the others may hang in a collective; the next test starts fresh ones
-                    raise AssertionError(f"rank {rank} of {world_size}: {result}")
-                results.append(result)
-            return results
+    workers: list[tuple[Any, Connection]]
+    folder: str
 
     def stop(self) -> None:
-        for workers in self._workers.values():
-            for process, _ in workers:
-                process.kill()
-        self._workers = {}
+        for process, _ in self.workers:
+            process.kill()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
-RANKS = Ranks()
-run = RANKS.run
+_groups: dict[tuple[int, int], _Group] = {}
+
+
+def run(function: Callable[..., Any], world_size: int, *args: Any, local_world_size: int | None = None) -> list[Any]:
+    """Calls `function(*args)` on every rank; returns the results in rank order.
+
+    `local_world_size` makes several hosts of them, as torchrun would tell. An exception on a rank fails the test.
+    """
+    key = (world_size, local_world_size or world_size)
+    if key not in _groups:
+        _groups[key] = _start(*key)
+    group = _groups[key]
+    for _, connection in group.workers:
+        connection.send((function, args))
+    results: list[Any] = []
+    for rank, (process, connection) in enumerate(group.workers):
+        try:
+            ok, result = connection.recv() if connection.poll(_TIMEOUT_SECONDS) else (False, "timed out")
+        except EOFError:
+            ok, result = False, f"died with exit code {process.exitcode}"
+        if not ok:
+            _groups.pop(key).stop()  # the others may hang in a collective; the next test starts fresh ones
+            raise AssertionError(f"rank {rank} of {world_size}: {result}")
+        results.append(result)
+    return results
+
+
+def _start(world_size: int, local_world_size: int) -> _Group:
+    context = mp.get_context("spawn")
+    group = _Group([], tempfile.mkdtemp())
+    for rank in range(world_size):
+        here, there = context.Pipe()
+        process = context.Process(
+            target=_serve, args=(rank, world_size, local_world_size, f"{group.folder}/store", there), daemon=True
+        )
+        process.start()
+        there.close()  # so that a dead worker reads as end of file
+        group.workers.append((process, here))
+    return group
+
+
+@atexit.register
+def _stop_all() -> None:
+    for group in _groups.values():
+        group.stop()

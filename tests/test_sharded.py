@@ -1,6 +1,7 @@
 """Sharded collections against one process, in plain torch: forward, gradients, optimizer steps, checkpoints."""
 
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from torchrec.distributed.sharding_plan import (
     table_wise,
 )
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
-from torchrec.distributed.types import ShardedTensor, ShardingPlan
+from torchrec.distributed.types import ParameterSharding, ShardedTensor, ShardingPlan
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
@@ -198,16 +199,29 @@ OPTIMIZERS: dict[str, Any] = {
 }
 
 
+def table_column_wise(host: int, local_size: int, kernel: str) -> Callable[..., ParameterSharding]:
+    """TorchRec has no plan generator for it: column-wise over the ranks of one host, under its own name."""
+    generate = column_wise(ranks=[host * local_size + i for i in range(local_size)], compute_kernel=kernel)
+
+    def rename(*args: Any) -> ParameterSharding:
+        return dataclasses.replace(generate(*args), sharding_type="table_column_wise")
+
+    return rename
+
+
 def plan_of(sharding: str, ebc: LMAEmbeddingBagCollection, kernel: str) -> ShardingPlan:
     """memory_16 and memory_8 sharded alike, starting from different ranks where the sharding has an owner."""
     world_size = dist.get_world_size()
+    local_size = int(os.environ["LOCAL_WORLD_SIZE"])
+    hosts = world_size // local_size
     ranks = list(range(world_size))
     generators: dict[str, Callable[[int], Any]] = {
         "table_wise": lambda i: table_wise(rank=i % world_size, compute_kernel=kernel),
         "column_wise": lambda i: column_wise(ranks=ranks[: 2 if i else world_size], compute_kernel=kernel),
         "row_wise": lambda i: row_wise(compute_kernel=kernel),
         "data_parallel": lambda i: data_parallel(),
-        "table_row_wise": lambda i: table_row_wise(host_index=0),
+        "table_row_wise": lambda i: table_row_wise(host_index=i % hosts),
+        "table_column_wise": lambda i: table_column_wise(i % hosts, local_size, kernel),
         "mixed": lambda i: row_wise(compute_kernel=kernel) if i else column_wise(ranks=ranks, compute_kernel=kernel),
     }
     return ShardingPlan(
@@ -216,7 +230,7 @@ def plan_of(sharding: str, ebc: LMAEmbeddingBagCollection, kernel: str) -> Shard
                 ebc,
                 {name: generators[sharding](i) for i, name in enumerate(MEMORIES)},
                 sharder=LMAEmbeddingBagCollectionSharder(),
-                local_size=world_size,
+                local_size=local_size,
                 world_size=world_size,
                 device_type="cpu",
             )
@@ -238,9 +252,14 @@ def build(
     fused = sharding != "data_parallel" and not sharding.endswith("_dense")
     if fused:
         apply_optimizer_in_backward(OPTIMIZERS[optimizer], ebc.parameters(), {"lr": LR})
-    if sharding == "planner":
-        topology = Topology(world_size=dist.get_world_size(), compute_device="cpu")
-        constraints = {name: ParameterConstraints(min_partition=4) for name in MEMORIES}
+    if sharding in ("planner", "grid_shard"):  # TorchRec's plan generator for grids cuts columns of 128 only
+        topology = Topology(
+            world_size=dist.get_world_size(),
+            local_world_size=int(os.environ["LOCAL_WORLD_SIZE"]),
+            compute_device="cpu",
+        )
+        types = ["grid_shard"] if sharding == "grid_shard" else None
+        constraints = {name: ParameterConstraints(sharding_types=types, min_partition=4) for name in MEMORIES}
         plan = EmbeddingShardingPlanner(topology=topology, constraints=constraints).collective_plan(
             model, get_default_sharders(), dist.GroupMember.WORLD
         )
@@ -317,7 +336,7 @@ CASES = [
     *[(s, "sgd", "MEAN", w, False) for s in ("table_wise", "column_wise", "row_wise", "data_parallel") for w in (0, 1)],
     *[(s, "rowwise_adagrad", "SUM", False, True) for s in ("table_wise", "column_wise", "row_wise", "planner")],
     ("data_parallel", "sgd", "SUM", False, True),
-    ("mixed", "rowwise_adagrad", "SUM", False, False),
+    *[("mixed", "rowwise_adagrad", p, False, False) for p in ("SUM", "MEAN")],
 ]
 
 
@@ -385,6 +404,18 @@ def test_bf16_is_refused_where_fbgemm_has_no_kernel(allocation: Allocation) -> N
     assert "got BF16" in run(bf16_error, 1, allocation)[0]
 
 
+@pytest.mark.parametrize("sharding", ["table_row_wise", "table_column_wise", "grid_shard", "row_wise"])
+@pytest.mark.parametrize(("optimizer", "pooling"), [("rowwise_adagrad", "SUM"), ("sgd", "MEAN")])
+def test_training_on_two_hosts_equals_one_process(
+    allocation: Allocation, sharding: str, optimizer: str, pooling: str
+) -> None:
+    kind = PoolingType[pooling]
+    results = run(train_sharded, 4, allocation, sharding, optimizer, kind, local_world_size=2)
+    expected, _ = train_reference(allocation, 4, optimizer, kind, False, 4)
+    for name, value in expected.items():
+        torch.testing.assert_close(results[0][0][name], value, rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
 def save(allocation: Allocation, sharding: str, path: str) -> dict[str, Tensor]:
     dmp, optim, _ = build(allocation, sharding, "rowwise_adagrad" if sharding != "data_parallel" else "sgd")
     for step in range(3):
@@ -409,27 +440,30 @@ def load_and_step(allocation: Allocation, sharding: str, path: str) -> tuple[dic
     return loaded, whole(dmp.state_dict())
 
 
-@pytest.mark.parametrize(
-    ("saved", "saved_ranks"), [("table_wise", 2), ("column_wise", 2), ("row_wise", 2)], ids=lambda v: str(v)
-)
-def test_checkpoint_loads_under_any_plan_and_world_size(
-    allocation: Allocation, tmp_path: Path, saved: str, saved_ranks: int
-) -> None:
+TWO_HOSTS = {"table_row_wise", "table_column_wise", "grid_shard"}
+
+
+def ranks_for(sharding: str) -> dict[str, int]:
+    return {"world_size": 4, "local_world_size": 2} if sharding in TWO_HOSTS else {"world_size": 2}
+
+
+@pytest.mark.parametrize("saved", ["table_wise", "column_wise", "row_wise", *sorted(TWO_HOSTS)])
+def test_checkpoint_loads_under_any_plan_and_world_size(allocation: Allocation, tmp_path: Path, saved: str) -> None:
     path = str(tmp_path / "checkpoint")
-    weights = run(save, saved_ranks, allocation, saved, path)[0]
+    sizes = ranks_for(saved)
+    weights = run(save, sizes.pop("world_size"), allocation, saved, path, **sizes)[0]
     assert Allocation.from_checkpoint(path).fingerprint == allocation.fingerprint
     after = []
-    for sharding, ranks in [
-        ("table_wise", 1),
-        ("table_wise", 2),
-        ("column_wise", 2),
-        ("row_wise", 2),
-        ("row_wise", 3),
-        ("mixed", 2),
+    for sharding, sizes in [
+        ("table_wise", {"world_size": 1}),
+        ("row_wise", {"world_size": 3}),
+        *((sharding, ranks_for(sharding)) for sharding in ("table_wise", "column_wise", "row_wise", "mixed")),
+        *((sharding, ranks_for(sharding)) for sharding in sorted(TWO_HOSTS)),
     ]:
-        loaded, stepped = run(load_and_step, ranks, allocation, sharding, path)[0]
+        world_size = sizes.pop("world_size")
+        loaded, stepped = run(load_and_step, world_size, allocation, sharding, path, **sizes)[0]
         for name, value in weights.items():
-            assert torch.equal(loaded[name], value), f"{name} differs after {saved} -> {sharding} on {ranks} ranks"
+            assert torch.equal(loaded[name], value), f"{name} differs after {saved} -> {sharding} on {world_size} ranks"
         after.append(stepped)
     # The step after loading is the same under every plan, so the optimizer state arrived as well.
     for other in after[1:]:
@@ -525,7 +559,6 @@ def error_of(allocation: Allocation, sharding: str, optimizer: str, wrong: str) 
         ("row_wise", "sgd", "missing feature", "missing ['f3']"),
         ("row_wise", "sgd", "vbe", "variable batch size"),
         ("table_wise", "adam", "optimizer", "adam"),
-        ("table_row_wise", "sgd", "sharding", "table_row_wise"),
         ("row_wise", "sgd", "column shard", "min_partition"),
     ],
 )

@@ -14,8 +14,11 @@ from torchrec.distributed.embedding_types import (
 )
 from torchrec.distributed.sharding.cw_sharding import CwPooledEmbeddingSharding
 from torchrec.distributed.sharding.dp_sharding import DpPooledEmbeddingSharding
+from torchrec.distributed.sharding.grid_sharding import GridPooledEmbeddingSharding
 from torchrec.distributed.sharding.rw_sharding import RwPooledEmbeddingSharding, RwSparseFeaturesDist
 from torchrec.distributed.sharding.tw_sharding import TwPooledEmbeddingSharding
+from torchrec.distributed.sharding.twcw_sharding import TwCwPooledEmbeddingSharding
+from torchrec.distributed.sharding.twrw_sharding import TwRwPooledEmbeddingSharding, TwRwSparseFeaturesDist
 from torchrec.distributed.types import Awaitable, ShardingEnv, ShardingType
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
@@ -62,6 +65,9 @@ class _LMASharding:
         self._lma_specs = specs
         super().__init__(sharding_infos, *args, **kwargs)  # type: ignore[call-arg]  # the sharding beside this mixin
 
+    def _local_groups(self) -> list[GroupedEmbeddingConfig]:
+        return self._grouped_embedding_configs
+
     def create_lookup(
         self,
         device: torch.device | None = None,
@@ -70,7 +76,7 @@ class _LMASharding:
     ) -> BaseEmbeddingLookup:
         return LMAGroupedPooledEmbeddingsLookup(
             self._lma_specs,
-            grouped_configs=self._grouped_embedding_configs,
+            grouped_configs=self._local_groups(),
             pg=self._env.process_group,
             device=device if device is not None else self._device,
             feature_processor=feature_processor,
@@ -88,6 +94,10 @@ class LMACwPooledEmbeddingSharding(_LMASharding, CwPooledEmbeddingSharding):
     """Column-wise: raw ids go once to each rank that owns some chunks of the memory."""
 
 
+class LMATwCwPooledEmbeddingSharding(_LMASharding, TwCwPooledEmbeddingSharding):
+    """Table-column-wise: column-wise within one host."""
+
+
 class LMADpPooledEmbeddingSharding(_LMASharding, DpPooledEmbeddingSharding):
     """Data-parallel: nothing travels but gradients."""
 
@@ -101,7 +111,20 @@ class LMARwSparseFeaturesDist(RwSparseFeaturesDist):
     """
 
     def forward(self, sparse_features: KeyedJaggedTensor) -> Awaitable[Awaitable[KeyedJaggedTensor]]:
-        return self._dist(sparse_features.permute(list(range(self._num_features)) * self._world_size))
+        return self._dist(_repeat(sparse_features, self._world_size))
+
+
+class LMATwRwSparseFeaturesDist(TwRwSparseFeaturesDist):
+    """As LMARwSparseFeaturesDist, but to the ranks of the host that owns the memory."""
+
+    def forward(self, sparse_features: KeyedJaggedTensor) -> Awaitable[Awaitable[KeyedJaggedTensor]]:
+        # The base class orders the copies, one for each local rank, so that KJTAllToAll's staggered split fits.
+        return self._dist(_repeat(sparse_features, self._local_size).permute(self._sf_staggered_shuffle))
+
+
+def _repeat(features: KeyedJaggedTensor, copies: int) -> KeyedJaggedTensor:
+    """Every feature `copies` times, in the order of the base classes' buckets: all features of bucket 0, of 1, ..."""
+    return features.permute(list(range(len(features.keys()))) * copies)
 
 
 class LMARwPooledEmbeddingSharding(_LMASharding, RwPooledEmbeddingSharding):
@@ -117,3 +140,33 @@ class LMARwPooledEmbeddingSharding(_LMASharding, RwPooledEmbeddingSharding):
             feature_hash_sizes=self._get_feature_hash_sizes(),
             device=device if device is not None else self._device,
         )
+
+
+class _LMATwRwSharding(_LMASharding):
+    """What table-row-wise and grid sharding share: an input dist within hosts, and groups kept by rank."""
+
+    _sharding_type = ShardingType.TABLE_ROW_WISE  # as both base classes; MEAN is pooled as SUM
+    _grouped_embedding_configs_per_rank: list[list[GroupedEmbeddingConfig]]
+    _rank: int
+
+    def _local_groups(self) -> list[GroupedEmbeddingConfig]:
+        return self._grouped_embedding_configs_per_rank[self._rank]
+
+    def create_input_dist(self, device: torch.device | None = None) -> BaseSparseFeaturesDist[KeyedJaggedTensor]:
+        return LMATwRwSparseFeaturesDist(
+            pg=self._env.process_group,
+            local_size=self._intra_pg.size(),  # type: ignore[attr-defined]  # of the sharding beside this mixin
+            features_per_rank=self._features_per_rank(  # type: ignore[attr-defined]
+                self._grouped_embedding_configs_per_rank
+            ),
+            feature_hash_sizes=self._get_feature_hash_sizes(),  # type: ignore[attr-defined]
+            device=device if device is not None else self._device,
+        )
+
+
+class LMATwRwPooledEmbeddingSharding(_LMATwRwSharding, TwRwPooledEmbeddingSharding):
+    """Table-row-wise: the rows of a memory over the ranks of one host."""
+
+
+class LMAGridPooledEmbeddingSharding(_LMATwRwSharding, GridPooledEmbeddingSharding):
+    """Grid: column shards, each table-row-wise on a host."""

@@ -1,5 +1,6 @@
 """The sharded twin of LMAEmbeddingBagCollection, and its sharder."""
 
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torchrec.distributed.types import (
     ShardingEnv,
     ShardingType,
 )
+from torchrec.modules.embedding_configs import PoolingType
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_lma.addressing import Addressing
@@ -27,8 +29,11 @@ from torchrec_lma.allocation import Allocation
 from torchrec_lma.distributed.embedding_sharding import (
     LMACwPooledEmbeddingSharding,
     LMADpPooledEmbeddingSharding,
+    LMAGridPooledEmbeddingSharding,
     LMARwPooledEmbeddingSharding,
+    LMATwCwPooledEmbeddingSharding,
     LMATwPooledEmbeddingSharding,
+    LMATwRwPooledEmbeddingSharding,
 )
 from torchrec_lma.distributed.specs import LMASpecs
 from torchrec_lma.features import check_features, normalize_weights
@@ -41,7 +46,12 @@ _SHARDINGS = {
     ShardingType.TABLE_WISE.value: LMATwPooledEmbeddingSharding,
     ShardingType.COLUMN_WISE.value: LMACwPooledEmbeddingSharding,
     ShardingType.ROW_WISE.value: LMARwPooledEmbeddingSharding,
+    ShardingType.TABLE_COLUMN_WISE.value: LMATwCwPooledEmbeddingSharding,
+    ShardingType.TABLE_ROW_WISE.value: LMATwRwPooledEmbeddingSharding,
+    ShardingType.GRID_SHARD.value: LMAGridPooledEmbeddingSharding,
 }
+
+_SUM_BEFORE_MEAN = (ShardingType.ROW_WISE.value, ShardingType.TABLE_ROW_WISE.value, ShardingType.GRID_SHARD.value)
 
 
 class ShardedLMAEmbeddingBagCollection(ShardedEmbeddingBagCollection):
@@ -85,6 +95,15 @@ class ShardedLMAEmbeddingBagCollection(ShardedEmbeddingBagCollection):
             module_fqn,
             sharded_module_order_overwrite,
         )
+        # The base class divides by the length of bags, after the reduce-scatter, what lookups of row-wise shards pooled
+        # as SUM; features listed under SUM are left alone. Its own list (torchrec 1.8.0, embeddingbag.py:659) lacks
+        # grid sharding, whose MEAN stays a sum, and MEAN features that other shardings pooled, divided twice.
+        self._pooling_type_to_rs_features = defaultdict(list)
+        for memory_config in module.embedding_bag_configs():
+            summed = table_name_to_parameter_sharding[memory_config.name].sharding_type in _SUM_BEFORE_MEAN
+            pooling = memory_config.pooling if summed else PoolingType.SUM
+            self._pooling_type_to_rs_features[pooling.value].extend(memory_config.feature_names)
+        self._has_mean_pooling_callback = PoolingType.MEAN.value in self._pooling_type_to_rs_features
         self._allocation = module.allocation
         self._weighted_mean_features = module.weighted_mean_features
         self.addressing = addressing
@@ -111,7 +130,7 @@ class ShardedLMAEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         options: dict[str, Any] = {}
         if sharding_type != ShardingType.DATA_PARALLEL.value:
             options["qcomm_codecs_registry"] = qcomm_codecs_registry
-        if sharding_type == ShardingType.COLUMN_WISE.value:
+        if sharding_type in (ShardingType.COLUMN_WISE.value, ShardingType.TABLE_COLUMN_WISE.value):
             options["permute_embeddings"] = permute_embeddings
         return _SHARDINGS[sharding_type](self._lma_specs, sharding_infos, env, device, **options)
 
