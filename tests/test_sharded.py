@@ -392,6 +392,26 @@ def test_weights_of_every_type_train_sharded(allocation: Allocation, data_type: 
     torch.testing.assert_close(sharded, unsharded, rtol=2e-2, atol=2e-2)
 
 
+def pooled_unevenly(allocation: Allocation, sharding: str, sizes: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
+    dmp, _, _ = build(allocation, sharding, "sgd")
+    rank = dist.get_rank()
+    out = dmp.module.ebc(features(rank, batch=sizes[rank])).wait()
+    return torch.cat([out[feature] for feature in FEATURES], 1).detach(), whole(dmp.state_dict())
+
+
+@pytest.mark.parametrize("sharding", ["table_wise", "column_wise", "row_wise", "data_parallel"])
+@pytest.mark.parametrize("sizes", [[5, 2], [3, 0], [0, 0]], ids=str)
+def test_ranks_may_have_batches_of_different_sizes(allocation: Allocation, sharding: str, sizes: list[int]) -> None:
+    results = run(pooled_unevenly, 2, allocation, sharding, sizes)
+    ebc = LMAEmbeddingBagCollection(tables(), allocation.config, allocation)
+    weights = {name.removeprefix("ebc."): value for name, value in results[0][1].items() if name.startswith("ebc.")}
+    ebc.load_state_dict(weights)
+    for rank, size in enumerate(sizes):
+        expected = ebc(features(rank, batch=size))
+        assert results[rank][0].shape == (size, sum(DIMS[table] for table in FEATURES.values()))
+        torch.testing.assert_close(results[rank][0], torch.cat([expected[f] for f in FEATURES], 1).detach())
+
+
 def bf16_error(allocation: Allocation) -> str:
     try:
         pooled(allocation, DataType.BF16, "table_wise")

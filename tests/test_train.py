@@ -86,6 +86,7 @@ def test_a_resumed_run_ends_where_an_undisturbed_one_does(clicks: Path, tmp_path
     # What would choose another allocation does not matter: the checkpoint brings its own.
     resumed = record_of(train(*stops, "--epochs", "2", "--resume", "--hash-seed", "0"), tmp_path / "b.json")
     assert [entry["epoch"] for entry in resumed["epochs"]] == [1, 2]
+    assert "--resume" in train(*stops, "--epochs", "1").stderr  # a new run does not mix with the old one's checkpoints
     for mine, theirs in zip(resumed["epochs"], whole["epochs"]):
         assert mine["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-5)
         assert mine["validation"]["auc"] == pytest.approx(theirs["validation"]["auc"], abs=1e-5)

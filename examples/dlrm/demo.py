@@ -8,6 +8,7 @@ they reach and what they cost, and leaves the runs' JSON records, `summary.json`
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -46,8 +47,10 @@ def torchx(component: str, options: list[str], arguments: list[str], log: Path) 
 
 def train(table: str, seed: int, out: Path) -> dict[str, Any]:
     record = out / f"{table}-seed{seed}.json"
+    checkpoints = out / f"{table}-seed{seed}"
+    shutil.rmtree(checkpoints, ignore_errors=True)  # of an earlier demo; the trainer would refuse to mix them
     arguments = ["--table", table, "--seed", str(seed), "--json", str(record), *DATA, *TRAINING[table]]
-    arguments += ["--checkpoint-dir", str(out / f"{table}-seed{seed}")]
+    arguments += ["--checkpoint-dir", str(checkpoints)]
     if table == "lma":
         arguments += [*ALLOCATION, "--allocation", str(out / "allocation.safetensors")]
     torchx("train", ["-j", "1x2"], arguments, out / f"{table}-seed{seed}.log")

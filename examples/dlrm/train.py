@@ -28,7 +28,7 @@ from torchrec.distributed.comm import get_local_size
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
-from torchrec.distributed.types import ShardingPlan
+from torchrec.distributed.types import ShardingPlan, ShardingType
 from torchrec.models.dlrm import DLRM, DLRMTrain
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, data_type_to_dtype
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
@@ -106,7 +106,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         "--sharding-types",
         nargs="+",
         metavar="TYPE",
-        choices=("data_parallel", "table_wise", "column_wise", "row_wise"),
+        choices=[sharding_type.value for sharding_type in ShardingType],
         help="what the planner may choose from (default: all that run with the optimizer and --chunk-dim)",
     )
 
@@ -250,7 +250,9 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     dataset = open_dataset(args)
     checkpoints = Checkpoints(args.checkpoint_dir) if args.checkpoint_dir is not None else None
-    resume_from = checkpoints.newest() if checkpoints is not None and args.resume else None
+    resume_from = checkpoints.newest() if checkpoints is not None else None
+    if resume_from is not None and not args.resume:
+        raise ValueError(f"{args.checkpoint_dir} holds {resume_from.name}; go on from it with --resume, or empty it")
 
     ebc, prepare = make_collection(args, dataset, resume_from)
     # Ranks draw different numbers, so that the shards of a table do not start equal; DDP broadcasts the layers.

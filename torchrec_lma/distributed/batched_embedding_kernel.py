@@ -107,7 +107,6 @@ class LMAFusedOptimizer(EmbeddingFusedOptimizer):
             {name: state for name, state in table_states.items() if state.size(1) != weight.size(1)}
             for table_states, weight in zip(states, emb_module.split_embedding_weights())
         ]
-        # With chunks of one column the two shapes are equal, and so are their shards: the base class handles both.
         super().__init__(
             config,
             emb_module,
