@@ -10,6 +10,7 @@ from torchrec_lma.options import (
     add_data_options,
     add_lma_options,
     add_table_options,
+    count_embeddings,
     make_builder,
     make_tables,
     open_dataset,
@@ -43,11 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run_allocate(args: argparse.Namespace) -> None:
     dataset = open_dataset(args)
-    if args.num_embeddings is not None:
-        num_embeddings = dict.fromkeys(dataset.schema.categorical, args.num_embeddings)
-    else:
-        num_embeddings = dataset.cardinalities()
-    builder = make_builder(args, make_tables(args, num_embeddings))
+    builder = make_builder(args, make_tables(args, count_embeddings(args, dataset)))
     batches = dataset.batches("train", batch_size=args.batch_size)
     for batch in tqdm(batches, total=dataset.num_batches("train", args.batch_size), unit="batch", disable=None):
         builder.update(batch.sparse_features)

@@ -65,6 +65,13 @@ def add_table_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--pooling", choices=("SUM", "MEAN"), default="SUM", help="of features with several ids a row")
 
 
+def count_embeddings(args: argparse.Namespace, dataset: RowDataset) -> dict[str, int]:
+    """Rows of each column's full table: --num-embeddings, or the distinct ids of the training rows."""
+    if args.num_embeddings is not None:
+        return dict.fromkeys(dataset.schema.categorical, args.num_embeddings)
+    return dataset.cardinalities()
+
+
 def make_tables(args: argparse.Namespace, num_embeddings: dict[str, int]) -> list[EmbeddingBagConfig]:
     """One table for each categorical column, named `t_<column>`."""
     return [

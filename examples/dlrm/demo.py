@@ -29,19 +29,8 @@ ALLOCATION = ["--source", "none"]
 # Each kind with the optimizer and learning rate that reached the best validation AUC. Adagrad's steps shrink with the
 # gradients a weight has seen, and a weight of an LMA memory sees those of many ids: Adam suits it better.
 TRAINING = {
-    "full": [
-        "--optimizer",
-        "rowwise-adagrad",
-        "--lr",
-        "0.05",
-        "--epochs",
-        "10",
-        "--batch-size",
-        "128",
-        "--patience",
-        "2",
-    ],
-    "lma": ["--optimizer", "adam", "--lr", "0.001", "--epochs", "10", "--batch-size", "128", "--patience", "2"],
+    "full": "--optimizer rowwise-adagrad --lr 0.05 --epochs 10 --batch-size 128 --patience 2".split(),
+    "lma": "--optimizer adam --lr 0.001 --epochs 10 --batch-size 128 --patience 2".split(),
 }
 
 

@@ -44,6 +44,7 @@ from torchrec_lma.options import (
     add_data_options,
     add_lma_options,
     add_table_options,
+    count_embeddings,
     make_builder,
     make_config,
     make_tables,
@@ -147,15 +148,14 @@ def make_collection(
     args: argparse.Namespace, dataset: RowDataset, resume_from: Path | None
 ) -> tuple[EmbeddingBagCollection, Prepare]:
     """The collection on the meta device, and what turns the dataset's raw ids into its input."""
-    columns = dataset.schema.categorical
     if args.table == "lma":
-        rows = dict.fromkeys(columns, args.num_embeddings) if args.num_embeddings else dataset.cardinalities()
-        tables = make_tables(args, rows)
+        tables = make_tables(args, count_embeddings(args, dataset))
         allocation = _allocation(args, dataset, tables, resume_from)
-        ebc = LMAEmbeddingBagCollection(tables, allocation.config, allocation, device=torch.device("meta"))
+        config = allocation.config if resume_from is not None else make_config(args)
+        ebc = LMAEmbeddingBagCollection(tables, config, allocation, device=torch.device("meta"))
         return ebc, lambda batch: batch
-    if args.num_embeddings:  # no vocabulary pass: the hashing trick
-        tables = make_tables(args, dict.fromkeys(columns, args.num_embeddings))
+    if args.num_embeddings is not None:  # no vocabulary pass: the hashing trick
+        tables = make_tables(args, count_embeddings(args, dataset))
         return _full(tables), lambda batch: _with_ids(batch, batch.sparse_features.values() % args.num_embeddings)
     vocabulary = Vocabulary(dataset.distinct_ids())
     tables = make_tables(args, vocabulary.num_embeddings)
@@ -177,9 +177,7 @@ def _allocation(
     if resume_from is not None:
         return Allocation.from_checkpoint(resume_from)
     if args.allocation is not None:
-        allocation = Allocation.load(args.allocation)
-        allocation.check_made_for(tables, make_config(args))
-        return allocation
+        return Allocation.load(args.allocation)
     builder = make_builder(args, tables)
     share = dataset.batches("train", batch_size=8192, rank=dist.get_rank(), world_size=dist.get_world_size())
     for batch in share:

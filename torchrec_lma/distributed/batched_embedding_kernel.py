@@ -273,18 +273,8 @@ class LMABatchedFusedEmbeddingBag(_LMAKernel, BatchedFusedEmbeddingBag):
     @property
     def _param_per_table(self) -> dict[str, TableBatchedEmbeddingSlice]:
         tbe = self._emb_module
-        locations = [spec[2] for spec in tbe.embedding_specs]
-        slices = _table_slices(
-            self,
-            [
-                tbe.weights_host
-                if at == EmbeddingLocation.HOST
-                else tbe.weights_dev
-                if at == EmbeddingLocation.DEVICE
-                else tbe.weights_uvm
-                for at in locations
-            ],
-        )
+        storages = {EmbeddingLocation.HOST: tbe.weights_host, EmbeddingLocation.DEVICE: tbe.weights_dev}
+        slices = _table_slices(self, [storages[location] for _, _, location, _ in tbe.embedding_specs])
         for name, weight in slices.items():
             weight._in_backward_optimizers = [
                 LMAFusedOptimizer(self._config, tbe, self._chunk_dim, self._pg, name, weight)

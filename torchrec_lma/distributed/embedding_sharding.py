@@ -111,20 +111,18 @@ class LMARwSparseFeaturesDist(RwSparseFeaturesDist):
     """
 
     def forward(self, sparse_features: KeyedJaggedTensor) -> Awaitable[Awaitable[KeyedJaggedTensor]]:
-        return self._dist(_repeat(sparse_features, self._world_size))
+        # In the order of the base class's buckets: all features for rank 0, then for rank 1, ...
+        return self._dist(sparse_features.permute(list(range(self._num_features)) * self._world_size))
 
 
 class LMATwRwSparseFeaturesDist(TwRwSparseFeaturesDist):
     """As LMARwSparseFeaturesDist, but to the ranks of the host that owns the memory."""
 
     def forward(self, sparse_features: KeyedJaggedTensor) -> Awaitable[Awaitable[KeyedJaggedTensor]]:
-        # The base class orders the copies, one for each local rank, so that KJTAllToAll's staggered split fits.
-        return self._dist(_repeat(sparse_features, self._local_size).permute(self._sf_staggered_shuffle))
-
-
-def _repeat(features: KeyedJaggedTensor, copies: int) -> KeyedJaggedTensor:
-    """Every feature `copies` times, in the order of the base classes' buckets: all features of bucket 0, of 1, ..."""
-    return features.permute(list(range(len(features.keys()))) * copies)
+        # The base class's order of its buckets, all features for local rank 0, then for 1, ..., so that KJTAllToAll's
+        # staggered split fits; bucket i here is a copy of feature i mod n.
+        n_features = len(sparse_features.keys())
+        return self._dist(sparse_features.permute([bucket % n_features for bucket in self._sf_staggered_shuffle]))
 
 
 class LMARwPooledEmbeddingSharding(_LMASharding, RwPooledEmbeddingSharding):
