@@ -35,7 +35,7 @@ $(COMPLETE): setup.cfg pyproject.toml Makefile
 	@echo "Setting up $(VENV) for $(DEVICE): a minute or two, longer if torch is not in pip's cache"
 	if [ ! -e $@ ]; then rm -rf $(VENV) && $(PYTHON) -m venv $(VENV); fi
 	rm -f $@
-	$(VENV)/bin/python -m pip install --disable-pip-version-check --quiet -e '.[$(DEVICE),torchx,plot,test]'
+	$(VENV)/bin/python -m pip install --disable-pip-version-check --quiet -e '.[$(DEVICE),torchx,serve,plot,test]'
 	$(VENV)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps torchrec==1.8.0
 	$(VENV)/bin/python -W ignore -c 'import torchrec, torchx'
 	touch $@
