@@ -15,7 +15,7 @@ PYTHON_IN_VENV := $(IN_VENV) $(VENV)/bin/python
 help:
 	@echo "make test        the tests (python -m pytest)"
 	@echo "make test-slow   the slow tests (python -m pytest -m slow)"
-	@echo "make demo        full and LMA tables compared on MovieLens-100K through torchx (examples/dlrm/demo.py)"
+	@echo "make demo        full and LMA tables compared on MovieLens-100K through torchx, one served (examples/dlrm/demo.py)"
 	@echo "make lint        ruff and mypy"
 	@echo "make clean       remove .venv, build products and caches; runs/ stays"
 

@@ -42,7 +42,6 @@ class Memory:
     n_chunks: int = 8
     dedicated: list[tuple[str, int]] = field(default_factory=list)
     signatures: dict[tuple[str, int], list[int]] = field(default_factory=dict)
-    within_table: bool = False
     seed: int = 0
 
     def key(self, table: str, id: int) -> int:
@@ -67,8 +66,6 @@ class Memory:
         if (table, id) in self.signatures:
             signature = self.signatures[table, id]
             value = signature[chunk % len(signature)] ^ reference_salt("signature", self.seed)
-            if self.within_table:
-                value ^= signed(reference_salt("table", self.seed, table) << 1)
             mixed = reference_mix64(value)
         product = signed(mixed * (reference_salt("chunk", self.seed, chunk) | 1))
         product = (product ^ (product >> 32)) & (2**63 - 1)
@@ -84,9 +81,7 @@ class Memory:
             values = torch.tensor(list(self.signatures.values()), dtype=torch.int32)
             tensors["signature_low"], tensors["signature_starts"], order = build_index(keys)
             tensors["signatures"] = values[order]
-        allocation = MemoryAllocation(
-            "memory", 4 * self.n_chunks, 4, self.rows, ("a", "b"), within_table=self.within_table, **tensors
-        )
+        allocation = MemoryAllocation("memory", 4 * self.n_chunks, 4, self.rows, ("a", "b"), **tensors)
         return MemoryAddressing(allocation, self.seed)
 
 
@@ -126,13 +121,6 @@ MEMORIES = {
         dedicated=[("a", 0), ("b", 1), ("b", 2)],
         signatures=random_signatures(range(1, 40), "a", 4, 2) | random_signatures(range(3, 30), "b", 4, 3),
         seed=11,
-    ),
-    "within a table": Memory(
-        rows=500,
-        dedicated=[("a", 0)],
-        signatures=random_signatures(range(1, 40), "a", 3, 4) | random_signatures(range(1, 40), "b", 3, 4),
-        within_table=True,
-        seed=12,
     ),
 }
 every_kind_of_memory = pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES.keys())
@@ -456,14 +444,16 @@ TABLE_OF = {feature: table.name for table in TABLES for feature in table.feature
 
 
 def learned_addressing(rows: list[RowOfIds], power: int, within_table: bool = False) -> MemoryAddressing:
+    tables = [table for table in TABLES if any(row.get(name) for row in rows for name in table.feature_names)]
     builder = AllocationBuilder(
-        TABLES,
+        tables,
         LMAConfig(memory_bytes=8 << 20, chunk_dim=4, seed=1),
         source=RowsMinHash(power=power, num_values=NUM_VALUES, max_rows=None, within_table=within_table),
         dedicated_fraction=0.0,
         signature_fraction=0.5,
     )
-    (memory,) = builder.update(kjt_of(rows, list(TABLE_OF))).build().memories
+    features = [name for table in tables for name in table.feature_names]
+    (memory,) = builder.update(kjt_of(rows, features)).build().memories
     assert memory.signatures.shape == (2 * PAIRS * len(JACCARDS), NUM_VALUES)
     return MemoryAddressing(replace(memory, rows=SHARED_ROWS), seed=1)
 

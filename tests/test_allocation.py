@@ -4,11 +4,14 @@ import itertools
 import json
 import os
 import re
+import resource
 import struct
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +26,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 import torchrec_lma.allocation.allocation as allocation_file
 from torchrec_lma import Allocation, AllocationBuilder, LMAConfig, LMAEmbeddingBagCollection
 from torchrec_lma.allocation import MemoryAllocation, RowsMinHash
+from torchrec_lma.allocation.index import build_index
 from torchrec_lma.allocation.sample import RowSample
 
 Row = dict[str, list[int]]  # feature -> ids
@@ -161,6 +165,17 @@ def test_building_twice_gives_the_same_and_goes_on() -> None:
     assert builder.update(kjt(rows[10:])).build().fingerprint == build(rows).fingerprint
 
 
+def test_a_batch_without_rows_changes_nothing() -> None:
+    rows = some_rows(20)
+    nothing = KeyedJaggedTensor(
+        keys=FEATURES, values=torch.empty(0, dtype=torch.int64), lengths=torch.empty(0, dtype=torch.int32)
+    )
+    builder = AllocationBuilder(TABLES, CONFIG, source=SOURCE).update(nothing).update(kjt(rows)).update(nothing)
+    allocation = builder.merge(AllocationBuilder(TABLES, CONFIG, source=SOURCE).update(nothing)).build()
+    assert allocation.fingerprint == build(rows).fingerprint
+    assert allocation.provenance == build(rows).provenance
+
+
 def test_rows_without_ids_are_not_counted() -> None:
     rows = some_rows(20)
     empty: Row = {feature: [] for feature in FEATURES}
@@ -199,6 +214,14 @@ def test_no_more_than_max_rows_are_kept(max_rows: int) -> None:
     provenance = build(rows, source=replace(SOURCE, max_rows=max_rows)).provenance
     assert provenance["rows_sampled"] == min(max_rows, len(distinct))
     assert provenance["rows_seen"] == sum(any(row.values()) for row in rows)
+
+
+def test_batches_of_which_no_row_is_sampled_take_no_memory() -> None:
+    sample = RowSample(max_rows=1000)
+    row = torch.zeros(1, dtype=torch.int64)
+    for _ in range(100):
+        sample.add(row[:0], row[:0].to(torch.int16), row[:0], n_rows=1)
+    assert len(sample._parts) <= 5
 
 
 # Which ids become what.
@@ -257,9 +280,11 @@ def test_provenance_tells_where_the_allocation_came_from() -> None:
             "min_support": 2,
             "max_rows": 1 << 20,
             "within_table": False,
+            "weighted": False,
         },
         "dedicated_fraction": 0.0,
         "signature_fraction": 0.125,
+        "frequency": "counted",
         "rows_seen": 12,
         "rows_sampled": 12,
         "ids": {
@@ -350,6 +375,34 @@ def test_a_builder_with_nothing_to_give_hashes_every_id() -> None:
     assert allocation.nbytes == 0
 
 
+# Compactness.
+
+
+@pytest.mark.parametrize("num_values", [1, 2, 4, 8])
+def test_a_signature_with_its_index_takes_at_most_four_bytes_a_value_and_eight(num_values: int) -> None:
+    rows: list[Row] = [{"user": [i % 700], "item": [i % 64]} for i in range(2100)]
+    allocation = build(
+        rows,
+        [table("user", dim=32, num_embeddings=9000), table("item", dim=32)],
+        LMAConfig(compression=1.5),
+        source=RowsMinHash(num_values=num_values, min_support=1, power=1),
+        dedicated_fraction=0.0,
+        signature_fraction=0.5,
+    )
+    (memory,) = allocation.memories
+    n = allocation.provenance["ids"]["memory_32"]
+    assert memory.signatures.shape == (764, num_values) == (n["user"]["with_signature"] + 64, num_values)
+    assert memory.nbytes == allocation.nbytes <= 764 * (4 * num_values + 8)
+
+
+@holds_for_every_input(60)
+@given(st.integers(3, 5000), st.integers(0, 2**32))
+def test_the_index_takes_at_most_eight_bytes_an_id(n: int, seed: int) -> None:
+    keys = torch.randint(-(2**63), 2**63 - 1, (n,), generator=torch.Generator().manual_seed(seed))
+    low, starts, _ = build_index(keys)
+    assert low.nbytes + starts.nbytes <= 8 * n
+
+
 # Budgets.
 
 WEIGHT_BYTES = {DataType.FP32: 4, DataType.FP16: 2, DataType.BF16: 2}
@@ -381,15 +434,15 @@ def test_weights_and_allocation_are_within_the_budget(
     ]
     item_bytes = WEIGHT_BYTES[data_type]
     full = {8: (sizes[0] + sizes[1] + sizes[3]) * 8 * item_bytes, 16: sizes[2] * 16 * item_bytes}
-    builder = AllocationBuilder(
-        tables,
-        config,
-        source=RowsMinHash(num_values=num_values, min_support=1),
-        dedicated_fraction=dedicated_fraction,
-        signature_fraction=signature_fraction,
-    ).update(kjt(DATA))
     try:
-        allocation = builder.build()
+        builder = AllocationBuilder(
+            tables,
+            config,
+            source=RowsMinHash(num_values=num_values, min_support=1),
+            dedicated_fraction=dedicated_fraction,
+            signature_fraction=signature_fraction,
+        )
+        allocation = builder.update(kjt(DATA)).build()
     except ValueError as error:
         assert "budget" in str(error)
         return
@@ -423,7 +476,7 @@ def test_a_budget_below_one_row_is_refused_with_the_numbers(config: LMAConfig) -
     ):
         Allocation.hashed([table("user")], config)
     with pytest.raises(ValueError, match="one row of dim 8 takes 32"):
-        build([{"user": [1]}], [table("user")], config)
+        AllocationBuilder([table("user")], config)  # before it is given any row
     with pytest.raises(ValueError, match="one row of dim 8 takes 32"):
         LMAEmbeddingBagCollection([table("user")], config)
 
@@ -464,12 +517,14 @@ def test_update_names_missing_and_unknown_features(keys: list[str], said: str) -
         builder.build()
 
 
-def test_update_refuses_a_batch_size_for_each_feature() -> None:
+@pytest.mark.parametrize("inverse_indices", [None, (["user", "item"], torch.tensor([[0, 1], [0, 0]]))])
+def test_update_refuses_a_batch_size_for_each_feature(inverse_indices: tuple[list[str], torch.Tensor] | None) -> None:
     features = KeyedJaggedTensor(
         keys=["user", "item"],
         values=torch.tensor([1, 2, 3]),
         lengths=torch.tensor([1, 1, 1]),
         stride_per_key_per_rank=[[2], [1]],
+        inverse_indices=inverse_indices,
     )
     with pytest.raises(ValueError, match="VBE"):
         AllocationBuilder([table("user"), table("item")], CONFIG).update(features)
@@ -511,11 +566,20 @@ def test_merging_other_settings_names_the_differences(tables, config, options, s
         ({"signature_fraction": 1.5}, "signature_fraction.*1.5"),
         ({"signature_fraction": float("nan")}, "signature_fraction.*nan"),
         ({"dedicated_fraction": 0.6, "signature_fraction": 0.4}, "0.6.*0.4.*less than 1"),
+        ({"dedicated_fraction": 0.9}, "0.9.*0.125.*less than 1"),
+        ({"source": None, "signature_fraction": 2.0}, "signature_fraction.*2.0"),
     ],
 )
-def test_bad_fractions_are_refused(options: dict[str, float], said: str) -> None:
+def test_bad_fractions_are_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         AllocationBuilder(TABLES, CONFIG, **options)
+
+
+@pytest.mark.parametrize("source", [None, {}, {"user": None}])
+def test_without_a_source_the_share_of_signatures_is_not_used(source: dict[str, None] | None) -> None:
+    allocation = build(some_rows(50), source=source, dedicated_fraction=0.9)
+    assert allocation.provenance["signature_fraction"] == 0.0
+    assert all(memory.dedicated_rows > 0 for memory in allocation.memories)
 
 
 @pytest.mark.parametrize("name", ["power", "num_values", "min_support", "max_rows"])
@@ -642,8 +706,8 @@ def test_other_safetensors_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_another_format_version_is_named(tmp_path: Path) -> None:
-    write_safetensors(tmp_path / "new", {"format": "torchrec_lma.allocation", "format_version": "2"})
-    with pytest.raises(ValueError, match="new has allocation format version 2, this torchrec_lma reads version 1"):
+    write_safetensors(tmp_path / "new", {"format": "torchrec_lma.allocation", "format_version": "3"})
+    with pytest.raises(ValueError, match="new has allocation format version 3, this torchrec_lma reads version 2"):
         Allocation.load(tmp_path / "new")
 
 
@@ -718,6 +782,44 @@ def test_a_failed_save_leaves_what_was_there(
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """As a disk that is full after that many bytes of a file, to the real writer."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("size", [0, 1000, 10_000])
+def test_a_full_disk_leaves_no_part_of_a_file(tmp_path: Path, size: int) -> None:
+    allocation = build(
+        [{"user": [i % 999]} for i in range(4000)], [table("user", num_embeddings=60_000)], dedicated_fraction=0.0
+    )
+    assert allocation.nbytes > 11_000
+    with files_of_at_most(size), pytest.raises(OSError, match=f"{tmp_path}/a was not written .*make room for"):
+        allocation.save(tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []
+    allocation.save(tmp_path / "a")
+    before = (tmp_path / "a").read_bytes()
+    with files_of_at_most(size), pytest.raises(OSError):
+        allocation.save(tmp_path / "a")
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"a": before}
+
+
+def test_a_loaded_allocation_is_mapped_from_its_file(saved: Path) -> None:
+    def is_mapped() -> bool:
+        return str(saved) in Path("/proc/self/maps").read_text()
+
+    assert not is_mapped()
+    loaded = Allocation.load(saved)
+    assert is_mapped()
+    del loaded
+    assert not is_mapped()
+
+
 def test_saving_over_a_file_replaces_it(allocation: Allocation, tmp_path: Path) -> None:
     path = tmp_path / "a"
     Allocation.hashed(TABLES, CONFIG).save(path)
@@ -752,7 +854,6 @@ def test_the_fingerprint_changes_with_every_part_of_a_memory(allocation: Allocat
     memory = allocation.memories[0]
     changed: list[MemoryAllocation] = [
         replace(memory, rows=memory.rows + 1),
-        replace(memory, within_table=True),
         replace(memory, tables=memory.tables[::-1]),
     ]
     for name, tensor in memory.tensors().items():
@@ -776,7 +877,7 @@ def test_the_fingerprint_of_a_hashed_allocation_never_changes() -> None:
     """Checkpoints carry it: if this fails, they are refused by this version."""
     tables = [EmbeddingBagConfig(name="t_user", num_embeddings=1000, embedding_dim=8, feature_names=["user"])]
     fingerprint = Allocation.hashed(tables, LMAConfig(compression=4)).fingerprint
-    assert fingerprint == "17ee59d1c07cbd54b1f4cef417e970b606c3bdd6e178555f55c3ac15a4ebd139"
+    assert fingerprint == "d4d3c08365a6341e59cab0e2681d0de541ab9b2d965904530a3e1188846c2c55"
 
 
 # From a checkpoint.

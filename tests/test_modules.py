@@ -678,14 +678,14 @@ def test_missing_unknown_and_repeated_features_are_named(keys: list[str], said: 
         collection()(kjt({key: [[1]] for key in keys} | {"color": [[1]]}, keys))
 
 
-def test_a_batch_size_for_each_feature_is_refused() -> None:
+def test_a_batch_size_for_each_feature_needs_inverse_indices() -> None:
     features = KeyedJaggedTensor(
         keys=FEATURES,
         values=torch.arange(5),
         lengths=torch.ones(5, dtype=torch.int32),
         stride_per_key_per_rank=[[2], [1], [1], [1]],
     )
-    with pytest.raises(ValueError, match="VBE.*same number of bags"):
+    with pytest.raises(ValueError, match="VBE.*inverse_indices"):
         collection()(features)
 
 
@@ -718,3 +718,9 @@ def test_an_unsupported_torchrec_is_refused_at_import() -> None:
     for error, version in zip(errors, ("1.7.0", "1.9.0", "1.18.0", "2.8.0"), strict=True):
         assert error.startswith(f"torchrec_lma works with torchrec 1.8.x, found {version}; install")
     assert last == "imported"
+
+
+def test_inference_mode() -> None:
+    with torch.inference_mode():
+        ebc = collection()
+        assert ebc(kjt({key: [[1]] for key in FEATURES})).values().shape[0] == 1

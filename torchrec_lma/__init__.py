@@ -12,8 +12,13 @@ if not _torchrec.__version__.startswith(f"{_SUPPORTED}."):
 
 from torchrec_lma.allocation import Allocation, AllocationBuilder  # noqa: E402
 from torchrec_lma.config import LMAConfig  # noqa: E402
-from torchrec_lma.distributed import LMAEmbeddingBagCollectionSharder, get_default_sharders  # noqa: E402
+from torchrec_lma.distributed import (  # noqa: E402
+    LMAEmbeddingBagCollectionSharder,
+    LMAEmbeddingShardingPlanner,
+    get_default_sharders,
+)
 from torchrec_lma.modules import LMAEmbeddingBagCollection  # noqa: E402
+from torchrec_lma.reallocation import Reallocation, reallocate  # noqa: E402
 
 __all__ = [
     "Allocation",
@@ -21,5 +26,8 @@ __all__ = [
     "LMAConfig",
     "LMAEmbeddingBagCollection",
     "LMAEmbeddingBagCollectionSharder",
+    "LMAEmbeddingShardingPlanner",
+    "Reallocation",
     "get_default_sharders",
+    "reallocate",
 ]

@@ -31,7 +31,6 @@ class MemoryAddressing(nn.Module):
     # Final, so that TorchScript drops the branches that a memory does not use.
     has_dedicated: Final[bool]
     has_signatures: Final[bool]
-    within_table: Final[bool]
     multipliers: Tensor
     signatures: Tensor
     value_of_chunk: Tensor
@@ -42,7 +41,6 @@ class MemoryAddressing(nn.Module):
         self.n_chunks = memory.n_chunks
         self.dedicated_rows = memory.dedicated_rows
         self.shared_rows = memory.rows - memory.dedicated_rows
-        self.within_table = memory.within_table
         self.signature_salt = salt("signature", seed)
         # A plain attribute would be baked into a script for one device; what the seed decides is not saved again.
         self.register_buffer("multipliers", chunk_multipliers(seed, memory.n_chunks), persistent=False)
@@ -70,10 +68,7 @@ class MemoryAddressing(nn.Module):
         if self.has_signatures:
             slot = self.signature_index(keys)  # (L)
             values = self.signatures[slot.clamp(min=0)].t().to(torch.int64)  # (K, L)
-            values = values ^ self.signature_salt
-            if self.within_table:
-                values = values ^ (salts << 1)
-            by_value = mix64(values)[self.value_of_chunk[first_chunk:end_chunk]]  # (chunks, L)
+            by_value = mix64(values ^ self.signature_salt)[self.value_of_chunk[first_chunk:end_chunk]]  # (chunks, L)
             mixed = torch.where((slot >= 0).unsqueeze(0), by_value, mixed)
         rows = to_rows(mixed, self.multipliers[first_chunk:end_chunk], self.shared_rows) + self.dedicated_rows
         if self.has_dedicated:
@@ -118,9 +113,11 @@ class Addressing(nn.Module):
         torch.distributed.checkpoint writes into the tensors of a state_dict, so load_state_dict may never be called.
         Autograd's version counter tells when that happened; only then is the fingerprint read back from its device.
         """
-        if self.fingerprint._version != self._checked_version:
+        # An inference tensor counts no versions: it is checked once.
+        version = 0 if self.fingerprint.is_inference() else self.fingerprint._version
+        if version != self._checked_version:
             self._check(_hex(self.fingerprint))
-            self._checked_version = self.fingerprint._version
+            self._checked_version = version
 
     def _check(self, loaded: str) -> None:
         if loaded != self.expected:

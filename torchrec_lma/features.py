@@ -1,6 +1,7 @@
 """Which features a collection takes, and the checks of a batch that both the unsharded and the sharded one make."""
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
@@ -25,7 +26,7 @@ def feature_tables(tables: Sequence[EmbeddingBagConfig]) -> dict[str, str]:
 
 
 def check_features(features: KeyedJaggedTensor, expected: Collection[str]) -> None:
-    """Raises ValueError if a feature is missing, unknown or given twice, or if batch sizes differ between features."""
+    """Raises ValueError if a feature is missing, unknown or given twice, or if a VBE batch lacks inverse indices."""
     keys = features.keys()
     if len(keys) != len(expected) or set(keys) != set(expected):
         raise ValueError(
@@ -33,10 +34,14 @@ def check_features(features: KeyedJaggedTensor, expected: Collection[str]) -> No
             f"missing {sorted(set(expected) - set(keys))}, unknown {sorted(set(keys) - set(expected))}"
         )
     if features.variable_stride_per_key():
-        raise ValueError(
-            "the KeyedJaggedTensor has a variable batch size per feature (VBE), which LMA tables do not support yet; "
-            "give every feature the same number of bags"
-        )
+        inverse_indices = features.inverse_indices_or_none()
+        if inverse_indices is None or set(inverse_indices[0]) != set(keys):
+            given = None if inverse_indices is None else inverse_indices[0]
+            raise ValueError(
+                "the KeyedJaggedTensor has a variable batch size per feature (VBE) and inverse_indices for "
+                f"{given}, expected them for each of {list(keys)}: they say which bag every row of the batch has; "
+                "give KeyedJaggedTensor(inverse_indices=(keys, indices [features, B]))"
+            )
 
 
 def normalize_weights(features: KeyedJaggedTensor, mean_features: Collection[str]) -> KeyedJaggedTensor:
@@ -60,14 +65,52 @@ def normalize_weights(features: KeyedJaggedTensor, mean_features: Collection[str
         )
     if not mean_features:
         return features
-    lengths = features.lengths().view(len(features.keys()), -1)
-    is_mean = torch.tensor([key in mean_features for key in features.keys()], device=lengths.device)  # noqa: SIM118
-    divisors = torch.where(is_mean.unsqueeze(1), lengths, 1).reshape(-1)
-    divisors = torch.repeat_interleave(divisors, lengths.reshape(-1), output_size=weights.numel())
+    lengths = features.lengths()
+    is_mean = torch.tensor([key in mean_features for key in features.keys()]).to(lengths.device, non_blocking=True)
+    bags = torch.tensor(features.stride_per_key()).to(lengths.device, non_blocking=True)
+    is_mean = is_mean.repeat_interleave(bags, output_size=lengths.numel())
+    divisors = torch.where(is_mean, lengths, 1).repeat_interleave(lengths, output_size=weights.numel())
     return KeyedJaggedTensor(
         keys=features.keys(),
         values=features.values(),
         weights=weights / divisors,
+        lengths=lengths,
+        offsets=features.offsets(),
+        **_strides(features),
+    )
+
+
+def reorder_inverse_indices(features: KeyedJaggedTensor, order: Sequence[str]) -> KeyedJaggedTensor:
+    """The same VBE batch with its inverse indices in the order of these keys."""
+    names, indices = features.inverse_indices()
+    places = torch.tensor([names.index(key) for key in order]).to(indices.device, non_blocking=True)
+    return _with_inverse_indices(features, (list(order), indices[places]))
+
+
+def permute(features: KeyedJaggedTensor, order: Sequence[str]) -> KeyedJaggedTensor:
+    """The same batch with its features in this order; KeyedJaggedTensor.permute itself drops the inverse indices."""
+    permuted = features.permute([features.keys().index(key) for key in order])
+    inverse_indices = features.inverse_indices_or_none()
+    return permuted if inverse_indices is None else _with_inverse_indices(permuted, inverse_indices)
+
+
+def _with_inverse_indices(
+    features: KeyedJaggedTensor, inverse_indices: tuple[list[str], torch.Tensor]
+) -> KeyedJaggedTensor:
+    return KeyedJaggedTensor(
+        keys=features.keys(),
+        values=features.values(),
+        weights=features.weights_or_none(),
         lengths=features.lengths(),
         offsets=features.offsets(),
+        **(_strides(features) | {"inverse_indices": inverse_indices}),
     )
+
+
+def _strides(features: KeyedJaggedTensor) -> dict[str, Any]:
+    if not features.variable_stride_per_key():
+        return {"stride": features.stride()}
+    return {
+        "stride_per_key_per_rank": features.stride_per_key_per_rank(),
+        "inverse_indices": features.inverse_indices_or_none(),
+    }

@@ -27,6 +27,14 @@ def mix64(x: Tensor) -> Tensor:
     return x ^ ((x >> 31) & 0x1FFFFFFFF)
 
 
+def unmix64(x: Tensor) -> Tensor:
+    """The inverse of `mix64`, int64 of any shape: an id from its mixed key. Not part of any address."""
+    x = x ^ ((x >> 31) & 0x1FFFFFFFF) ^ ((x >> 62) & 0x3)
+    x = x * 3573116690164977347  # 0x319642B2D24D8EC3, of 0x94D049BB133111EB modulo 2**64
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF) ^ ((x >> 54) & 0x3FF)) * -7575587736534282103  # 0x96DE1B173F119089
+    return x ^ ((x >> 30) & 0x3FFFFFFFF) ^ ((x >> 60) & 0xF)
+
+
 def to_rows(x: Tensor, multipliers: Tensor, rows: int) -> Tensor:
     """One independent row for each chunk from already mixed keys.
 

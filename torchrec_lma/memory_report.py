@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from fbgemm_gpu.split_embedding_configs import EmbOptimType as OptimType
 
 from torchrec_lma.allocation import Allocation
+from torchrec_lma.text_table import text_table
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class MemoryReport:
 
     def __str__(self) -> str:
         header = ("memory", "rows", "weights", "optimizer", "allocation", "full tables", "compression")
-        lines = [header] + [
+        lines = [
             (
                 use.name,
                 f"{use.rows:,}",
@@ -76,11 +77,7 @@ class MemoryReport:
             )
             for use in (*self.memories, self.total)
         ]
-        widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-        return "\n".join(
-            "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths)))
-            for line in lines
-        )
+        return text_table(header, lines)
 
 
 # fp32 state tensors that FBGEMM keeps for each weight, and for each physical row (here: for each chunk of a row).
@@ -95,18 +92,28 @@ _STATES = {
 }
 
 
+def optimizer_state_bytes(optimizer: OptimType | None, rows: int, dim: int, n_chunks: int) -> int:
+    """Bytes that FBGEMM keeps beside the weights [rows, dim] of a memory or of its shard with `n_chunks` chunks.
+
+    None is an optimizer that is not fused; its state is not FBGEMM's, so it counts as 0, as does one without state.
+    """
+    per_weight, per_chunk = _STATES.get(optimizer, (0, 0))
+    return 4 * rows * (per_weight * dim + per_chunk * n_chunks)
+
+
 def report_memory(allocation: Allocation, optimizers: Mapping[str, OptimType | None]) -> MemoryReport:
     """The report of memories that train with the given FBGEMM optimizers (None: the optimizer is not fused)."""
     uses = []
     for memory in allocation.memories:
         tables = [table for table in allocation.tables if table.name in memory.tables]
-        per_weight, per_chunk = _STATES.get(optimizers.get(memory.name), (0, 0))
         uses.append(
             MemoryUse(
                 name=memory.name,
                 rows=memory.rows,
                 weight_bytes=memory.rows * tables[0].row_bytes,
-                optimizer_bytes=4 * memory.rows * (per_weight * memory.dim + per_chunk * memory.n_chunks),
+                optimizer_bytes=optimizer_state_bytes(
+                    optimizers.get(memory.name), memory.rows, memory.dim, memory.n_chunks
+                ),
                 allocation_bytes=memory.nbytes,
                 full_bytes=sum(table.full_bytes for table in tables),
             )

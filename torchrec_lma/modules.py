@@ -1,6 +1,8 @@
 """LMAEmbeddingBagCollection: an EmbeddingBagCollection whose tables share compressed memories."""
 
-from collections.abc import Sequence
+import copy
+import itertools
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,8 +24,9 @@ from torchrec_lma.addressing import Addressing
 from torchrec_lma.allocation import Allocation
 from torchrec_lma.config import LMAConfig
 from torchrec_lma.expansion import ChunkExpansion
-from torchrec_lma.features import check_features, feature_tables, normalize_weights
+from torchrec_lma.features import check_features, feature_tables, normalize_weights, permute
 from torchrec_lma.hashing import table_salt
+from torchrec_lma.least_squares import blocks, check_ids, fit
 from torchrec_lma.memory_report import MemoryReport, report_memory
 
 
@@ -103,10 +106,81 @@ class LMAEmbeddingBagCollection(EmbeddingBagCollection):
         if device is not None and device.type != "meta":
             self.addressing.to(device)
         for memory_config in memory_configs:
-            if memory_config.data_type is DataType.BF16:  # the base class knows float32 and float16 only
-                bag = self.embedding_bags[memory_config.name]
-                bag.weight = nn.Parameter(bag.weight.detach().to(data_type_to_dtype(memory_config.data_type)))
+            _set_data_type(self.embedding_bags[memory_config.name], memory_config.data_type)
         self._register_load_state_dict_pre_hook(self._check_state_dict)
+
+    @classmethod
+    @torch.no_grad()
+    def from_embedding_bag_collection(
+        cls,
+        ebc: EmbeddingBagCollection,
+        config: LMAConfig,
+        allocation: Allocation | None = None,
+        id_weights: Mapping[str, Tensor] | None = None,
+        ids: Mapping[str, Tensor] | None = None,
+    ) -> "LMAEmbeddingBagCollection":
+        """Compresses trained tables: the memory whose embeddings are closest to theirs (see `least_squares`).
+
+        Each chunk of a memory row becomes the weighted mean of that chunk over the ids that share it; chunks that no
+        id uses keep their initial values. Beside the result it holds 8 bytes for each weight of one memory.
+
+        Args:
+            ebc: unsharded, FP32 or FP16, with values (not on the meta device).
+            config, allocation: as for the constructor.
+            id_weights: for any of the tables, [num_embeddings] >= 0, how much each id's error counts; how often the id
+                occurs, plus 1, is a good weight. Without them all ids count alike.
+            ids: for each table, integer [num_embeddings], the id that each row of the full table stands for where the
+                model is fed raw ids from now on. Without it row r is id r.
+        Returns:
+            A collection on the device of `ebc`.
+        Raises:
+            TypeError: `ebc` is no plain EmbeddingBagCollection. ValueError: as the constructor; weights or ids that do
+                not fit the tables; weights on the meta device.
+
+        Example::
+
+            lma = LMAEmbeddingBagCollection.from_embedding_bag_collection(ebc, LMAConfig(compression=16), allocation)
+        """
+        if not isinstance(ebc, EmbeddingBagCollection) or isinstance(ebc, LMAEmbeddingBagCollection):
+            raise TypeError(
+                f"ebc is a {type(ebc).__name__}, expected an unsharded EmbeddingBagCollection of full tables; load a "
+                "sharded model's checkpoint into one, and use reallocate for LMA tables"
+            )
+        bags = ebc.embedding_bags
+        device = next(ebc.parameters()).device
+        if device.type == "meta":
+            raise ValueError("the weights of ebc are on the meta device and have no values; load a checkpoint first")
+        tables = [copy.copy(table) for table in ebc.embedding_bag_configs()]
+        if ids is None:
+            ids = {table.name: torch.arange(table.num_embeddings, device=device) for table in tables}
+        lma = cls(tables, config, allocation, is_weighted=ebc.is_weighted(), device=device)
+        _check_one_id_a_row(lma, ids)
+        fit(lma, ids, lambda table, block: bags[table].weight[block], id_weights)
+        return lma
+
+    @torch.no_grad()
+    def to_embedding_bag_collection(self, ids: Mapping[str, Tensor] | None = None) -> EmbeddingBagCollection:
+        """Full tables with the embeddings of this collection, for any stack that takes a plain one.
+
+        Args:
+            ids: for each table, integer [num_embeddings], the id that each row stands for; without it row r is id r.
+        Returns:
+            An EmbeddingBagCollection of `tables` on the same device, filled block by block.
+        Raises:
+            ValueError: ids that do not fit the tables. TypeError: ids that are not integers.
+        """
+        device = next(self.parameters()).device
+        if ids is None:
+            ids = {table.name: torch.arange(table.num_embeddings, device=device) for table in self._tables}
+        _check_one_id_a_row(self, ids)
+        tables = [copy.copy(table) for table in self._tables]
+        ebc = EmbeddingBagCollection(tables, is_weighted=self._is_weighted, device=device)
+        for table in tables:
+            bag = ebc.embedding_bags[table.name]
+            _set_data_type(bag, table.data_type)
+            for block in blocks(table.num_embeddings, table.embedding_dim):
+                bag.weight[block] = self.materialize(table.name, ids[table.name][block].to(device))
+        return ebc
 
     @property
     def tables(self) -> list[EmbeddingBagConfig]:
@@ -125,55 +199,76 @@ class LMAEmbeddingBagCollection(EmbeddingBagCollection):
         """Pooled embeddings.
 
         Args:
-            features: each feature of the tables once, with one bag per row; empty bags give zeros.
+            features: each feature of the tables once, with one bag per row; empty bags give zeros. With a variable
+                batch size per feature (VBE), inverse indices say which bag each of the B rows has, as in TorchRec.
         Returns:
             KeyedTensor, float32 [B, sum of dims], one key for each feature, tables of one memory together.
         Raises:
-            ValueError: a feature is missing or unknown, weights are missing, or batch sizes differ between features.
+            ValueError: a feature is missing or unknown, or weights or the inverse indices of VBE are missing.
         """
         check_features(features, self.table_of_feature)
         features = normalize_weights(features, self.weighted_mean_features) if self._is_weighted else features
         self.addressing.check_not_overwritten()
-        features = features.permute([features.keys().index(f) for f in self._embedding_names])
-        lengths = features.lengths().view(len(self._embedding_names), -1)  # (F, B)
+        features = permute(features, self._embedding_names)
+        vbe = features.variable_stride_per_key()
         weights = features.weights() if self._is_weighted else None
-        ends = features.offset_per_key()
-        pooled, first = [], 0
+        strides = features.stride_per_key()
+        bag_ends = [0, *itertools.accumulate(strides)]
+        id_ends = features.offset_per_key()
+        pooled: list[Tensor] = []
+        first = 0
         for memory_config in self._embedding_bag_configs:
             end = first + len(memory_config.feature_names)
-            ids = slice(ends[first], ends[end])
-            pooled.append(
+            pooled.extend(
                 self._pool(
                     memory_config,
-                    features.values()[ids],
-                    lengths[first:end],
-                    weights[ids] if weights is not None else None,
+                    features.values()[id_ends[first] : id_ends[end]],
+                    features.lengths()[bag_ends[first] : bag_ends[end]],
+                    strides[first:end] if vbe else None,
+                    weights[id_ends[first] : id_ends[end]] if weights is not None else None,
                 )
             )
             first = end
+        if vbe:
+            names, indices = features.inverse_indices()
+            pooled = [bags[indices[names.index(name)]] for name, bags in zip(self._embedding_names, pooled)]
         return KeyedTensor(
             keys=self._embedding_names, length_per_key=self._lengths_per_embedding, values=torch.cat(pooled, dim=1)
         )
 
-    def _pool(self, memory: EmbeddingBagConfig, ids: Tensor, lengths: Tensor, weights: Tensor | None) -> Tensor:
+    def _pool(
+        self,
+        memory: EmbeddingBagConfig,
+        ids: Tensor,
+        bags: Tensor,
+        bags_per_feature: list[int] | None,
+        weights: Tensor | None,
+    ) -> Sequence[Tensor]:
+        """[B, dim] for each feature, or [B, n_features * dim] at once if all have the same number of bags."""
         expansion = ChunkExpansion(
             self.addressing[memory.name],
             [table_salt(self.config.seed, self.table_of_feature[f]) for f in memory.feature_names],
             device=ids.device,
         )
-        chunk_rows, bags, weights = expansion(ids, lengths, weights)
+        if bags_per_feature is None:
+            lengths = bags.view(expansion.n_features, -1)
+            chunk_rows, chunk_bags, weights = expansion(ids, lengths, weights)
+        else:
+            chunk_rows, chunk_bags, weights = expansion.ragged(ids, bags, bags_per_feature, weights)
         weight = self.embedding_bags[memory.name].weight
         out = F.embedding_bag(
             chunk_rows,
             weight.view(-1, self.config.chunk_dim),  # (rows * n_chunks, chunk_dim)
-            offsets=F.pad(torch.cumsum(bags, 0), (1, 0)),
+            offsets=F.pad(torch.cumsum(chunk_bags, 0), (1, 0)),
             mode=pooling_type_to_str(memory.pooling),
             per_sample_weights=weights.to(weight.dtype) if weights is not None else None,
             include_last_offset=True,
-        )  # (F * n * B, chunk_dim)
-        n_features, batch_size = lengths.shape
-        out = out.view(n_features, expansion.n_chunks, batch_size, self.config.chunk_dim)
-        return out.permute(2, 0, 1, 3).reshape(batch_size, n_features * memory.embedding_dim).float()
+        ).float()
+        if bags_per_feature is not None:  # (sum of bags * n, chunk_dim)
+            return out.view(-1, memory.embedding_dim).split(bags_per_feature)
+        batch_size = lengths.size(1)
+        out = out.view(expansion.n_features, expansion.n_chunks, batch_size, self.config.chunk_dim)
+        return [out.permute(2, 0, 1, 3).reshape(batch_size, expansion.n_features * memory.embedding_dim)]
 
     def addresses(self, feature: str, ids: Tensor) -> Tensor:
         """Where the chunks of ids live.
@@ -239,6 +334,23 @@ class LMAEmbeddingBagCollection(EmbeddingBagCollection):
 
     def _check_state_dict(self, state_dict: dict[str, object], prefix: str, *args: object) -> None:
         self.addressing.check_state_dict(state_dict, f"{prefix}addressing.")
+
+
+def _set_data_type(bag: nn.EmbeddingBag, data_type: DataType) -> None:
+    """The weights of an EmbeddingBagCollection's bag in their data type: the base class knows FP32 and FP16 only."""
+    if data_type is DataType.BF16:
+        bag.weight = nn.Parameter(bag.weight.detach().to(data_type_to_dtype(data_type)))
+
+
+def _check_one_id_a_row(ebc: LMAEmbeddingBagCollection, ids: Mapping[str, Tensor]) -> None:
+    """Raises ValueError or TypeError unless `ids` has an integer for each row of each full table."""
+    check_ids(ebc, ids)
+    for table in ebc.tables:
+        if ids[table.name].numel() != table.num_embeddings:
+            raise ValueError(
+                f"ids of {table.name!r} has {ids[table.name].numel()} values, expected one for each of its "
+                f"{table.num_embeddings} rows (num_embeddings)"
+            )
 
 
 def _has_default_init(table: EmbeddingBagConfig) -> bool:

@@ -1,30 +1,32 @@
 """Command-line options for data, tables and allocations; `torchrec-lma` and the DLRM example take the same ones."""
 
 import argparse
-from pathlib import Path
 
 from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, PoolingType
 
-from torchrec_lma.allocation import AllocationBuilder, RowsMinHash
+from torchrec_lma.allocation import AllocationBuilder, ContextMinHash, RowsMinHash, Source
 from torchrec_lma.config import LMAConfig
-from torchrec_lma.datasets import CriteoDataset, ParquetDataset, RowDataset, Schema, Split, movielens
+from torchrec_lma.datasets import CriteoDataset, NumpyDataset, ParquetDataset, RowDataset, Schema, Split, movielens
 
 MOVIELENS = "movielens-100k"
+SOURCES = (RowsMinHash.NAME, ContextMinHash.NAME)
 
 
-def add_data_options(parser: argparse.ArgumentParser) -> None:
+def add_data_options(parser: argparse.ArgumentParser, default: str | None = MOVIELENS) -> None:
     group = parser.add_argument_group("data")
     group.add_argument(
         "--data",
-        default=MOVIELENS,
+        default=default,
         metavar="WHAT",
         help=f"{MOVIELENS} (fetched with pip and cached), a parquet file or a directory of them, or with "
-        "--format criteo a TSV file (default: %(default)s)",
+        f"--format criteo a TSV file, with --format npy a directory of COLUMN.npy (default: {default or 'no data'})",
     )
-    group.add_argument("--format", choices=("parquet", "criteo"), default="parquet", help="of --data when it is a path")
-    group.add_argument("--label", metavar="COLUMN", help="parquet: the 0/1 column to predict")
-    group.add_argument("--categorical", nargs="+", default=[], metavar="COLUMN", help="parquet: columns of ids")
-    group.add_argument("--numeric", nargs="+", default=[], metavar="COLUMN", help="parquet: columns of numbers")
+    group.add_argument(
+        "--format", choices=("parquet", "criteo", "npy"), default="parquet", help="of --data when it is a path"
+    )
+    group.add_argument("--label", metavar="COLUMN", help="parquet, npy: the 0/1 column to predict")
+    group.add_argument("--categorical", nargs="+", default=[], metavar="COLUMN", help="parquet, npy: columns of ids")
+    group.add_argument("--numeric", nargs="+", default=[], metavar="COLUMN", help="parquet, npy: columns of numbers")
     group.add_argument(
         "--split",
         metavar="HOW",
@@ -35,7 +37,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--test-fraction", type=float, default=0.1, metavar="SHARE")
 
 
-def open_dataset(args: argparse.Namespace) -> RowDataset:
+def open_dataset(args: argparse.Namespace, needs_label: bool = True) -> RowDataset:
     """The dataset of `add_data_options`. Raises ValueError or FileNotFoundError naming what is wrong."""
     how = args.split or "hash"
     kind, _, column = how.partition(":")
@@ -45,10 +47,13 @@ def open_dataset(args: argparse.Namespace) -> RowDataset:
     if args.data == MOVIELENS:
         return ParquetDataset(movielens.prepare(), movielens.SCHEMA, split)
     if args.format == "criteo":
-        return CriteoDataset(Path(args.data), split)
-    if not args.label or not args.categorical:
-        raise ValueError(f"--data {args.data} is parquet, which needs --label COLUMN and --categorical COLUMN ...")
-    return ParquetDataset(args.data, Schema(args.label, tuple(args.categorical), tuple(args.numeric)), split)
+        return CriteoDataset(args.data, split)
+    if (needs_label and not args.label) or not args.categorical:
+        raise ValueError(
+            f"--data {args.data} is {args.format}, which needs --label COLUMN and --categorical COLUMN ..."
+        )
+    kind_of_dataset = NumpyDataset if args.format == "npy" else ParquetDataset
+    return kind_of_dataset(args.data, Schema(args.label, tuple(args.categorical), tuple(args.numeric)), split)
 
 
 def add_table_options(parser: argparse.ArgumentParser) -> None:
@@ -73,7 +78,13 @@ def count_embeddings(args: argparse.Namespace, dataset: RowDataset) -> dict[str,
 
 
 def make_tables(args: argparse.Namespace, num_embeddings: dict[str, int]) -> list[EmbeddingBagConfig]:
-    """One table for each categorical column, named `t_<column>`."""
+    """One table for each categorical column, named `t_<column>`. Raises ValueError if one would have no row."""
+    empty = [column for column, rows in num_embeddings.items() if rows < 1]
+    if empty:
+        raise ValueError(
+            f"the tables of columns {', '.join(empty)} would have no row: leave columns without an id in the training "
+            "rows out of --categorical, or give --num-embeddings of at least 1"
+        )
     return [
         EmbeddingBagConfig(
             name=f"t_{column}",
@@ -96,10 +107,26 @@ def add_lma_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--hash-seed", type=int, default=0, help="of the addresses (default: %(default)s)")
     group.add_argument(
         "--source",
-        choices=("rows-minhash", "none"),
-        default="rows-minhash",
-        help="what makes ids similar; none hashes every id that is not dedicated (default: %(default)s)",
+        choices=(*SOURCES, "none"),
+        default=RowsMinHash.NAME,
+        help="what makes ids similar: the rows they are in, or the ids of other columns they occur with; none hashes "
+        "every id that is not dedicated (default: %(default)s)",
     )
+    group.add_argument(
+        "--source-of",
+        nargs="+",
+        default=[],
+        metavar="COLUMN=SOURCE",
+        help="another --source for some columns, for example item=context-minhash day=none",
+    )
+    group.add_argument(
+        "--context",
+        nargs="+",
+        default=[],
+        metavar="COLUMN",
+        help="columns that context-minhash looks at (default: all)",
+    )
+    group.add_argument("--weighted", action="store_true", help="count how often: weighted Jaccard similarity")
     group.add_argument("--power", type=int, default=RowsMinHash.power, help="of the similarity (default: %(default)s)")
     group.add_argument(
         "--num-values", type=int, default=RowsMinHash.num_values, help="stored per signature (default: %(default)s)"
@@ -114,6 +141,12 @@ def add_lma_options(parser: argparse.ArgumentParser) -> None:
         "--max-rows", type=int, default=RowsMinHash.max_rows, help="rows to sample at most (default: %(default)s)"
     )
     group.add_argument("--within-table", action="store_true", help="share by signature within a table only")
+    group.add_argument(
+        "--max-ids",
+        type=int,
+        default=AllocationBuilder.MAX_IDS,
+        help="distinct ids to count exactly; with more, counts are estimates (default: %(default)s)",
+    )
     group.add_argument(
         "--dedicated-fraction",
         type=float,
@@ -136,7 +169,29 @@ def make_config(args: argparse.Namespace) -> LMAConfig:
 
 
 def make_builder(args: argparse.Namespace, tables: list[EmbeddingBagConfig]) -> AllocationBuilder:
-    source = None
-    if args.source == "rows-minhash":
-        source = RowsMinHash(args.power, args.num_values, args.min_support, args.max_rows, args.within_table)
-    return AllocationBuilder(tables, make_config(args), source, args.dedicated_fraction, args.signature_fraction)
+    names = {table.name: args.source for table in tables}
+    for choice in args.source_of:
+        column, _, name = choice.partition("=")
+        if f"t_{column}" not in names or name not in (*SOURCES, "none"):
+            raise ValueError(
+                f"--source-of {choice!r} is not COLUMN=SOURCE with a column of {[t.name[2:] for t in tables]} and a "
+                f"source of {[*SOURCES, 'none']}"
+            )
+        names[f"t_{column}"] = name
+    settings = (args.power, args.num_values, args.min_support, args.max_rows, args.within_table, args.weighted)
+    unknown = [column for column in args.context if f"t_{column}" not in names]
+    if unknown:
+        raise ValueError(f"--context {' '.join(unknown)}: no such column; choose from {[t.name[2:] for t in tables]}")
+    context = tuple(f"t_{column}" for column in args.context)
+    sources: dict[str, Source | None] = {
+        RowsMinHash.NAME: RowsMinHash(*settings),
+        ContextMinHash.NAME: ContextMinHash(*settings, fields=context),
+    }
+    return AllocationBuilder(
+        tables,
+        make_config(args),
+        {table: sources.get(name) for table, name in names.items()},
+        args.dedicated_fraction,
+        args.signature_fraction,
+        args.max_ids,
+    )

@@ -2,6 +2,16 @@
 
 from torchrec_lma.allocation.allocation import Allocation, MemoryAllocation
 from torchrec_lma.allocation.builder import AllocationBuilder
-from torchrec_lma.allocation.sources import RowsMinHash
+from torchrec_lma.allocation.reduction import reduce_builders
+from torchrec_lma.allocation.sources import ContextMinHash, RowsMinHash, SimHash, Source
 
-__all__ = ["Allocation", "AllocationBuilder", "MemoryAllocation", "RowsMinHash"]
+__all__ = [
+    "Allocation",
+    "AllocationBuilder",
+    "ContextMinHash",
+    "MemoryAllocation",
+    "RowsMinHash",
+    "SimHash",
+    "Source",
+    "reduce_builders",
+]

@@ -20,7 +20,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec_lma.allocation.layout import MemoryLayout, TableSpec, lay_out
 from torchrec_lma.config import LMAConfig
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _TENSORS = ("dedicated_low", "dedicated_starts", "signature_low", "signature_starts", "signatures")
 
 
@@ -34,7 +34,6 @@ class MemoryAllocation:
         chunk_dim: columns of a chunk.
         rows: rows of the memory, the dedicated ones included.
         tables: names of the logical tables that share it.
-        within_table: whether ids of different tables share by signature.
         dedicated_low, dedicated_starts: int32, `IdIndex` of the dedicated ids; an entry's position is its row.
         signature_low, signature_starts: int32, `IdIndex` of the ids with a signature.
         signatures: int32 [n, K], in the order of that index.
@@ -45,7 +44,6 @@ class MemoryAllocation:
     chunk_dim: int
     rows: int
     tables: tuple[str, ...]
-    within_table: bool = False
     dedicated_low: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int32))
     dedicated_starts: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int32))
     signature_low: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int32))
@@ -68,7 +66,7 @@ class MemoryAllocation:
         return {name: getattr(self, name) for name in _TENSORS}
 
     def header(self) -> dict[str, Any]:
-        keys = ("name", "dim", "chunk_dim", "rows", "tables", "within_table")
+        keys = ("name", "dim", "chunk_dim", "rows", "tables")
         return {key: getattr(self, key) for key in keys}
 
 
@@ -123,7 +121,7 @@ class Allocation:
             digest.update(json.dumps(memory.header(), sort_keys=True).encode())
             for name, tensor in memory.tensors().items():
                 digest.update(json.dumps([name, list(tensor.shape)]).encode())
-                digest.update(tensor.contiguous().numpy().tobytes())
+                digest.update(tensor.contiguous().numpy().data)  # its buffer, not a copy: it can be most of the memory
         return digest.hexdigest()
 
     def check_made_for(self, tables: Sequence[EmbeddingBagConfig], config: LMAConfig) -> None:
@@ -145,7 +143,10 @@ class Allocation:
             raise ValueError(f"the allocation was made for other tables ({changed}); build it again for these")
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one safetensors file, under a temporary name first, so that `path` is whole or untouched."""
+        """Write one safetensors file, under a temporary name first, so that `path` is whole or untouched.
+
+        Raises OSError if it cannot be written.
+        """
         path = Path(path)
         tensors = {
             f"{memory.name}/{name}": tensor.contiguous()
@@ -167,9 +168,12 @@ class Allocation:
             save_file(tensors, temporary, metadata)
             temporary.chmod(mode)
             os.replace(temporary, path)
-        except BaseException:
+        except SafetensorError as error:  # how safetensors passes on errors of the file system
+            raise OSError(
+                f"{path} was not written ({error}); make room for {self.nbytes:,} bytes and a header"
+            ) from error
+        finally:
             temporary.unlink(missing_ok=True)
-            raise
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Allocation":

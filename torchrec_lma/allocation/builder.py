@@ -1,20 +1,26 @@
 """Builds an allocation from training data."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_lma.allocation.allocation import Allocation, MemoryAllocation, _specs
+from torchrec_lma.allocation.frequency import IdFrequency
 from torchrec_lma.allocation.index import build_index
 from torchrec_lma.allocation.layout import MemoryLayout, lay_out
 from torchrec_lma.allocation.sample import Rows, RowSample
-from torchrec_lma.allocation.sources import RowsMinHash
-from torchrec_lma.config import LMAConfig
+from torchrec_lma.allocation.sources import ContextMinHash, RowsMinHash, RowsSource, SimHash, Source
+from torchrec_lma.config import LMAConfig, _check_int
 from torchrec_lma.features import check_features, feature_tables
 from torchrec_lma.hashing import mix64, table_salt
+
+Sources = Source | Mapping[str, Source | None] | None
 
 
 class AllocationBuilder:
@@ -26,10 +32,17 @@ class AllocationBuilder:
     Args:
         tables: the logical tables, as given to LMAEmbeddingBagCollection.
         config: the LMAConfig, as given to it.
-        source: what similarity is measured on; None gives no signatures.
+        source: what similarity is measured on, for all tables or by table name; None, or a table left out, gives no
+            signatures. SimHash needs vectors: see `from_vectors`.
         dedicated_fraction: share of the budget for rows of their own for the most frequent ids, in [0, 1).
         signature_fraction: share of the budget for signatures, in [0, 1). The most frequent ids after the dedicated
-            ones get them, as many as fit.
+            ones get them, as many as fit. Not used without a source.
+        max_ids: distinct ids of all tables together that are counted exactly, at 24 bytes each at most. Where there are
+            more, and more rows than a source samples, only ids in the sampled rows can be dedicated, their counts are
+            estimates of a sketch, and the provenance says so. Make it several times the number of dedicated rows.
+    Raises:
+        ValueError: fractions out of range; a source for a table that does not exist, or that looks at one; tables that
+            cannot share a memory; a budget that holds not one row of some memory.
 
     Example::
 
@@ -41,32 +54,121 @@ class AllocationBuilder:
 
     DEDICATED_FRACTION = 0.25
     SIGNATURE_FRACTION = 0.125
+    MAX_IDS = 1 << 24
 
     def __init__(
         self,
         tables: Sequence[EmbeddingBagConfig],
         config: LMAConfig,
-        source: RowsMinHash | None = RowsMinHash(),  # noqa: B008 (frozen)
+        source: Sources = RowsMinHash(),  # noqa: B008 (frozen)
         dedicated_fraction: float = DEDICATED_FRACTION,
         signature_fraction: float = SIGNATURE_FRACTION,
+        max_ids: int = MAX_IDS,
     ) -> None:
         for name, value in (("dedicated_fraction", dedicated_fraction), ("signature_fraction", signature_fraction)):
             if not 0 <= value < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {value}")
+        _check_int("max_ids", max_ids, minimum=1)
+        self.config = config
+        self._layouts = lay_out(tables, config)
+        for layout in self._layouts:
+            if layout.budget_bytes < layout.row_bytes:  # before a pass over the data
+                layout.rows_beside(0)
+        self._table_of_feature = feature_tables(tables)
+        self._table_names = [table.name for layout in self._layouts for table in layout.tables]
+        self._salts = {name: table_salt(config.seed, name) for name in self._table_names}
+        self.sources = _by_table(source, self._table_names)
+        if not any(self.sources.values()):
+            signature_fraction = 0.0
         if dedicated_fraction + signature_fraction >= 1:
             raise ValueError(
                 f"dedicated_fraction={dedicated_fraction} and signature_fraction={signature_fraction} leave nothing of "
                 "the budget to share; make their sum less than 1"
             )
-        self.config = config
-        self.source = source
         self.dedicated_fraction = dedicated_fraction
-        self.signature_fraction = signature_fraction if source is not None else 0.0
-        self._layouts = lay_out(tables, config)
-        self._table_of_feature = feature_tables(tables)
-        self._table_names = [table.name for layout in self._layouts for table in layout.tables]
-        self._salts = {name: table_salt(config.seed, name) for name in self._table_names}
-        self._sample = RowSample(source.max_rows if source is not None else RowsMinHash.max_rows)
+        self.signature_fraction = signature_fraction
+        samples = [source.max_rows for source in self.sources.values() if isinstance(source, RowsSource)]
+        samples = samples or [RowsMinHash.max_rows]
+        self._sample = RowSample(None if None in samples else max(filter(None, samples)))
+        self._frequency = IdFrequency(len(self._table_names), max_ids)
+        # Of each table with a SimHash: mixed keys, int64 [n] ascending, and signatures, int32 [n, K].
+        self._vectors = {
+            name: (torch.empty(0, dtype=torch.int64), torch.empty(0, source.num_values, dtype=torch.int32))
+            for name, source in self.sources.items()
+            if isinstance(source, SimHash)
+        }
+
+    @classmethod
+    def from_vectors(
+        cls,
+        tables: Sequence[EmbeddingBagConfig],
+        config: LMAConfig,
+        vectors: Mapping[str, tuple[Any, Any]],
+        source: SimHash | Mapping[str, Source | None] = SimHash(),  # noqa: B008 (frozen)
+        **options: Any,
+    ) -> "AllocationBuilder":
+        """A builder whose ids are similar if their vectors are: embeddings of content, or of a previous model.
+
+        `update` it with training rows as well, so that it knows which ids are frequent: they get dedicated rows, and
+        they are the first to get a signature. Without any row there are no dedicated ids.
+
+        Args:
+            vectors: for each table its ids, integer [n], and their vectors, float [n, d]; see `add_vectors`.
+            source: the SimHash of these tables, or the sources of all tables by name.
+            options: as in AllocationBuilder.
+
+        Example::
+
+            vectors = {"t_item": (item_ids, item_embeddings)}
+            sources = {"t_item": SimHash(bits=8), "t_user": ContextMinHash()}
+            builder = AllocationBuilder.from_vectors(tables, LMAConfig(compression=16), vectors, sources)
+        """
+        by_table = source if isinstance(source, Mapping) else dict.fromkeys(vectors, source)
+        builder = cls(tables, config, by_table, **options)
+        for table, (ids, of_ids) in vectors.items():
+            builder.add_vectors(table, ids, of_ids)
+        return builder
+
+    def add_vectors(self, table: str, ids: Any, vectors: Any) -> "AllocationBuilder":
+        """Give the vectors of some ids of a table whose source is SimHash.
+
+        Args:
+            table: name of the table.
+            ids: integer [n], tensor, array or sequence, each id once.
+            vectors: float [n, d], tensor, array or sequence. Only signatures of them are kept.
+        Raises:
+            TypeError: ids that are not integers, or vectors that are not real numbers.
+            ValueError: no such table, or one with another source; ids beyond int64; shapes that do not fit; a vector
+                that is zero or has NaN or infinity; an id that already has another vector.
+        """
+        source = self.sources.get(table)
+        if not isinstance(source, SimHash):
+            raise ValueError(
+                f"vectors are for {table!r}, which has source {source!r}; give that table a SimHash, or vectors of "
+                f"one of {sorted(self._vectors)}"
+            )
+        ids = _int64(ids, f"the vectors of {table!r}")
+        vectors = torch.as_tensor(vectors)
+        if not vectors.is_floating_point():
+            raise TypeError(f"the vectors of {table!r} are {vectors.dtype}, expected floating-point numbers")
+        if ids.dim() != 1 or vectors.dim() != 2 or ids.numel() != vectors.size(0) or vectors.size(1) == 0:
+            raise ValueError(
+                f"ids of shape {list(ids.shape)} and vectors of shape {list(vectors.shape)} for table {table!r}; "
+                "expected [n] and [n, d], one vector for each id"
+            )
+        vectors = vectors.detach().cpu()
+        for wrong, said in (
+            (~vectors.isfinite().all(1), "has NaN or infinity"),
+            ((vectors == 0).all(1), "is zero, which points nowhere"),
+        ):
+            if wrong.any():
+                raise ValueError(
+                    f"the vector of id {int(ids[wrong][0])} of table {table!r} {said} ({int(wrong.sum())} such "
+                    "vectors); leave these ids out, they are then hashed"
+                )
+        keys = mix64(ids ^ self._salts[table])
+        self._vectors[table] = self._with_vectors(table, keys, source.signatures(vectors, self.config.seed), ids)
+        return self
 
     def update(self, features: KeyedJaggedTensor) -> "AllocationBuilder":
         """Add a batch of training rows.
@@ -74,94 +176,117 @@ class AllocationBuilder:
         Args:
             features: the batch as the collection takes it, every feature with one bag per row.
         Raises:
-            ValueError: a feature is missing or unknown, or batch sizes differ between features.
+            TypeError: ids that are not integers.
+            ValueError: a feature is missing or unknown, the batch has a batch size for each feature (VBE), or ids
+                beyond int64.
         """
         check_features(features, self._table_of_feature)
+        if features.variable_stride_per_key():
+            raise ValueError(
+                "the KeyedJaggedTensor has a variable batch size per feature (VBE), and an allocation is built from "
+                "whole rows: give the batch as it is before it is deduplicated, with one bag per row"
+            )
+        values = _int64(features.values(), "the KeyedJaggedTensor")
+        # (features, rows), and where each feature's ids begin and end
+        lengths = features.lengths().cpu().to(torch.int64).view(len(features.keys()), features.stride())
+        ends = lengths.sum(1).cumsum(0).tolist()
+        row_numbers = torch.arange(features.stride())
         keys, tables, rows = [], [], []
-        for feature, jagged in features.to_dict().items():
+        for feature, start, end, per_row in zip(features.keys(), [0, *ends], ends, lengths):
             table = self._table_of_feature[feature]
-            ids = jagged.values().cpu().to(torch.int64)
-            keys.append(mix64(ids ^ self._salts[table]))
-            tables.append(torch.full_like(ids, self._table_names.index(table), dtype=torch.int16))
-            lengths = jagged.lengths().cpu().to(torch.int64)
-            rows.append(torch.repeat_interleave(torch.arange(lengths.numel()), lengths))
+            index = self._table_names.index(table)
+            keys.append(mix64(values[start:end] ^ self._salts[table]))
+            tables.append(torch.full((end - start,), index, dtype=torch.int16))
+            rows.append(torch.repeat_interleave(row_numbers, per_row))
+            self._frequency.add(index, keys[-1].numpy())
         self._sample.add(torch.cat(keys), torch.cat(tables), torch.cat(rows), features.stride())
         return self
 
     def merge(self, other: "AllocationBuilder") -> "AllocationBuilder":
-        """Add the rows another builder has seen.
+        """Add the rows and vectors another builder has seen. In any order and grouping, the result is the same.
 
-        Raises ValueError if it was made for other tables or with other settings.
+        Raises ValueError if it was made for other tables or with other settings, or has other vectors for an id.
         """
         if self._settings() != other._settings():
             mine, theirs = self._settings(), other._settings()
             changed = ", ".join(f"{k}: {mine[k]!r} and {theirs[k]!r}" for k in mine if mine[k] != theirs[k])
             raise ValueError(f"builders with other settings cannot be merged ({changed}); make them alike")
+        # Nothing is taken unless everything can be.
+        self._vectors = {table: self._with_vectors(table, *given) for table, given in other._vectors.items()}
         self._sample.merge(other._sample)
+        self._frequency.merge(other._frequency)
         return self
 
-    def build(self) -> Allocation:
-        """The allocation of the rows seen so far.
+    def __getstate__(self) -> dict[str, Any]:
+        """A builder travels between workers: sampled rows that others have replaced and uncounted ids stay behind."""
+        self._sample.rows()
+        self._frequency.settle()
+        return self.__dict__
 
-        Raises ValueError if there was no row, or if the budget holds not one row of some memory.
+    def build(self) -> Allocation:
+        """The allocation of the rows and vectors given so far.
+
+        Raises ValueError if there was nothing, if a table has no id, or if the budget holds not one row of some memory.
         """
+        self._frequency.settle()
         rows = self._sample.rows()
-        if rows.hash.numel() == 0:
+        row_of_key = rows.row_of_key()
+        with_vectors = {name for name, (keys, _) in self._vectors.items() if keys.numel()}
+        if rows.hash.numel() == 0 and not with_vectors:
             raise ValueError("no training row was given; call update first, or use Allocation.hashed(tables, config)")
+        for name, occurrences in zip(self._table_names, self._frequency.occurrences):
+            if self.sources[name] is not None and not occurrences and name not in with_vectors:
+                raise ValueError(
+                    f"table {name!r} has no id in any of the {self._sample.rows_seen} rows; check that its features "
+                    f"{[f for f, table in self._table_of_feature.items() if table == name]} are filled, or hash its "
+                    "ids by giving it no source: source={table: source or None, ...}"
+                )
         memories, ids = [], {}
         for layout in self._layouts:
-            memory, counts = self._build_memory(layout, rows)
+            memory, counts = self._build_memory(layout, rows, row_of_key)
             memories.append(memory)
             ids[layout.name] = counts
         provenance = {
-            "source": self.source.to_dict() if self.source is not None else None,
+            "source": self._source_record(),
             "dedicated_fraction": self.dedicated_fraction,
             "signature_fraction": self.signature_fraction,
+            "frequency": "counted" if self._frequency.exact or self._sample_is_whole(rows) else "sketched",
             "rows_seen": self._sample.rows_seen,
             "rows_sampled": rows.hash.numel(),
             "ids": ids,
         }
         return Allocation(self.config, _specs(self._layouts), tuple(memories), provenance)
 
-    def _build_memory(self, layout: MemoryLayout, rows: Rows) -> tuple[MemoryAllocation, dict[str, dict[str, int]]]:
+    def _build_memory(
+        self, layout: MemoryLayout, rows: Rows, row_of_key: Tensor
+    ) -> tuple[MemoryAllocation, dict[str, dict[str, int]]]:
         members = [self._table_names.index(table.name) for table in layout.tables]
-        in_memory = torch.isin(rows.tables, torch.tensor(members, dtype=rows.tables.dtype))
-        keys, item = torch.unique(rows.keys[in_memory], return_inverse=True)  # (V) distinct ids, (N) which one
-        row = rows.row_of_key()[in_memory]
-        frequency = torch.zeros_like(keys).index_add_(0, item, rows.count[row])
-        # An id may stand in one row twice, in a bag or in two features; its support is the rows.
-        pairs = torch.unique(row * keys.numel() + item)
-        support = torch.bincount(pairs % keys.numel(), minlength=keys.numel())
-        table_of = torch.zeros(keys.numel(), dtype=rows.tables.dtype).scatter_(0, item, rows.tables[in_memory])
+        ids = _Ids.concatenate([self._ids_of_table(table, rows, row_of_key) for table in members])
         # Descending frequency; ids of equal frequency in the order of their keys, which no input order changes.
-        by_frequency = torch.sort(frequency, descending=True, stable=True).indices
+        by_key = torch.sort(ids.keys, stable=True).indices
+        by_frequency = by_key[torch.sort(ids.count[by_key], descending=True, stable=True).indices]
 
-        n_dedicated = _how_many(self.dedicated_fraction * layout.budget_bytes, layout.row_bytes, keys.numel())
+        n_dedicated = _how_many(
+            self.dedicated_fraction * layout.budget_bytes, layout.row_bytes, int((ids.count > 0).sum())
+        )
         dedicated, by_frequency = by_frequency[:n_dedicated], by_frequency[n_dedicated:]
         tensors = {}
         if n_dedicated:
-            tensors["dedicated_low"], tensors["dedicated_starts"], _ = build_index(keys[dedicated])
+            tensors["dedicated_low"], tensors["dedicated_starts"], _ = build_index(ids.keys[dedicated])
 
-        with_signature = by_frequency[:0]
-        if self.source is not None:
-            supported = by_frequency[support[by_frequency] >= self.source.min_support]
-            num_values = min(self.source.num_values, layout.n_chunks)
-            n_signatures = _how_many(self.signature_fraction * layout.budget_bytes, 4 * num_values, supported.numel())
-            with_signature = supported[:n_signatures]
-            if n_signatures:
-                low, starts, order = build_index(keys[with_signature])
-                with_signature = with_signature[order]
-                slot = torch.full_like(keys, -1)
-                slot[with_signature] = torch.arange(with_signature.numel())
-                item_of_key = torch.full_like(rows.keys, -1)
-                item_of_key[in_memory] = slot[item]
-                tensors |= {
-                    "signature_low": low,
-                    "signature_starts": starts,
-                    "signatures": self.source.signatures(
-                        rows, item_of_key, with_signature.numel(), num_values, self.config.seed
-                    ),
-                }
+        eligible = by_frequency[ids.eligible[by_frequency]]
+        sources = [self.sources[self._table_names[table]] for table in members]
+        num_values = min(max((source.num_values for source in sources if source), default=0), layout.n_chunks)
+        n_signatures = _how_many(self.signature_fraction * layout.budget_bytes, 4 * num_values, eligible.numel())
+        with_signature = eligible[:n_signatures]
+        if n_signatures:
+            low, starts, order = build_index(ids.keys[with_signature])
+            with_signature = with_signature[order]
+            tensors |= {
+                "signature_low": low,
+                "signature_starts": starts,
+                "signatures": self._signatures(ids, with_signature, num_values, rows),
+            }
         allocation_bytes = sum(tensor.nbytes for tensor in tensors.values())
         memory = MemoryAllocation(
             name=layout.name,
@@ -169,7 +294,6 @@ class AllocationBuilder:
             chunk_dim=layout.chunk_dim,
             rows=layout.rows_beside(allocation_bytes),
             tables=tuple(table.name for table in layout.tables),
-            within_table=self.source is not None and self.source.within_table,
             **tensors,
         )
         if memory.rows <= memory.dedicated_rows:
@@ -179,21 +303,168 @@ class AllocationBuilder:
             )
         return memory, {
             self._table_names[table]: {
-                "seen": int((table_of == table).sum()),
-                "dedicated": int((table_of[dedicated] == table).sum()),
-                "with_signature": int((table_of[with_signature] == table).sum()),
+                "seen": int(((ids.table == table) & (ids.count > 0)).sum()),
+                "dedicated": int((ids.table[dedicated] == table).sum()),
+                "with_signature": int((ids.table[with_signature] == table).sum()),
             }
             for table in members
         }
+
+    def _ids_of_table(self, table: int, rows: Rows, row_of_key: Tensor) -> "_Ids":
+        """All ids of a table, and who may have a signature."""
+        name, source = self._table_names[table], self.sources[self._table_names[table]]
+        in_table = (rows.tables == table).nonzero().squeeze(1)
+        sampled, row = rows.keys[in_table], row_of_key[in_table]
+        if self._frequency.exact:
+            keys, count = (torch.from_numpy(array) for array in self._frequency.of_table(table))
+        else:
+            keys, item = torch.unique(sampled, return_inverse=True)
+            in_sample = torch.zeros_like(keys).index_add_(0, item, rows.count[row])
+            if self._sample_is_whole(rows):
+                count = in_sample
+            else:
+                count = torch.maximum(torch.from_numpy(self._frequency.estimates(keys.numpy())), in_sample)
+        eligible = torch.zeros_like(keys, dtype=torch.bool)
+        if isinstance(source, SimHash):
+            given = self._vectors[name][0]
+            unseen = given[~torch.isin(given, keys)]
+            keys, order = torch.sort(torch.cat([keys, unseen]))
+            count = torch.cat([count, torch.zeros_like(unseen)])[order]
+            eligible = torch.isin(keys, given)
+        elif isinstance(source, RowsSource):
+            if source.max_rows is not None:
+                used = row < source.max_rows
+                sampled, row = sampled[used], row[used]
+            item = torch.searchsorted(keys, sampled)
+            if row.numel() and int(torch.bincount(row).max()) > 1:
+                # In a bag or in two features an id may stand in one row twice; its support is the rows.
+                item = torch.unique(row * keys.numel() + item) % keys.numel()
+            eligible = torch.bincount(item, minlength=keys.numel()) >= source.min_support
+        return _Ids(keys, count, torch.full_like(keys, table, dtype=torch.int16), eligible)
+
+    def _signatures(self, ids: "_Ids", chosen: Tensor, num_values: int, rows: Rows) -> Tensor:
+        """int32 [S, num_values], the signatures of the chosen ids (positions in `ids`, int64 [S])."""
+        signatures = torch.empty(chosen.numel(), num_values, dtype=torch.int32)
+        groups: dict[Source, list[int]] = {}
+        for table in ids.table[chosen].unique().tolist():
+            source = self.sources[self._table_names[table]]
+            assert source is not None
+            groups.setdefault(source, []).append(table)
+        for source, members in groups.items():
+            in_group = torch.isin(ids.table[chosen], torch.tensor(members, dtype=torch.int16))
+            keys, tables = ids.keys[chosen][in_group], ids.table[chosen][in_group]
+            own_values = min(source.num_values, num_values)
+            if isinstance(source, RowsSource):
+                seen = rows.first(source.max_rows)
+                item = torch.full_like(seen.keys, -1)
+                for table in members:
+                    of_table, in_table = (tables == table).nonzero().squeeze(1), seen.tables == table
+                    item[in_table] = _find(keys[of_table], seen.keys[in_table], of_table)
+                values = source.signatures(seen, item, keys, own_values, self.config.seed, self._table_names)
+            else:
+                values = torch.empty(keys.numel(), own_values, dtype=torch.int32)
+                for table in members:
+                    given, of_given = self._vectors[self._table_names[table]]
+                    of_table = tables == table
+                    values[of_table] = of_given[torch.searchsorted(given, keys[of_table]), :own_values]
+            if source.within_table:
+                salts = torch.tensor([self._salts[name] for name in self._table_names])[tables.long()]  # (S)
+                values = (mix64(values ^ salts.unsqueeze(1)) >> 32).to(torch.int32)
+            signatures[in_group] = values[:, torch.arange(num_values) % own_values]
+        return signatures
+
+    def _with_vectors(
+        self, table: str, keys: Tensor, signatures: Tensor, ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The keys, int64 [n] ascending, and signatures, int32 [n, K], of a table together with some more."""
+        known_keys, known = self._vectors[table]
+        keys, order = torch.sort(torch.cat([known_keys, keys]), stable=True)
+        signatures = torch.cat([known, signatures])[order]
+        again = keys[1:] == keys[:-1]
+        if (again & (signatures[1:] != signatures[:-1]).any(1)).any():
+            raise ValueError(f"an id of table {table!r} was given two vectors that differ; give each id one vector")
+        first = torch.cat([torch.ones(keys[:1].numel(), dtype=torch.bool), ~again])
+        return keys[first], signatures[first]
+
+    def _sample_is_whole(self, rows: Rows) -> bool:
+        return int(rows.count.sum()) == self._sample.rows_seen
+
+    def _source_record(self) -> dict[str, Any] | None:
+        """The settings of the source, or of each table's where they differ."""
+        records = {name: source.to_dict() if source else None for name, source in self.sources.items()}
+        one = next(iter(records.values()))
+        return one if all(record == one for record in records.values()) else {"name": "by table", "tables": records}
 
     def _settings(self) -> dict[str, Any]:
         return {
             "config": self.config,
             "tables": _specs(self._layouts),
-            "source": self.source,
+            "source": self.sources,
             "dedicated_fraction": self.dedicated_fraction,
             "signature_fraction": self.signature_fraction,
+            "max_ids": self._frequency.max_ids,
         }
+
+
+@dataclass
+class _Ids:
+    """The ids of some tables.
+
+    Attributes:
+        keys: int64 [V], mixed; ascending within a table.
+        count: int64 [V], occurrences.
+        table: int16 [V], index of the table.
+        eligible: bool [V], whether the id may have a signature.
+    """
+
+    keys: Tensor
+    count: Tensor
+    table: Tensor
+    eligible: Tensor
+
+    @classmethod
+    def concatenate(cls, parts: "list[_Ids]") -> "_Ids":
+        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in cls.__dataclass_fields__))
+
+
+def _by_table(source: Sources, tables: Sequence[str]) -> dict[str, Source | None]:
+    by_table = source if isinstance(source, Mapping) else dict.fromkeys(tables, source)
+    unknown = sorted(set(by_table) - set(tables))
+    if unknown:
+        raise ValueError(f"source names tables {unknown}, which do not exist; the tables are {list(tables)}")
+    for name, one in by_table.items():
+        if one is not None and not isinstance(one, Source):
+            raise TypeError(f"the source of table {name!r} is {one!r}; expected RowsMinHash(...) or another source")
+        if isinstance(one, ContextMinHash):
+            one.check_fields(tables)
+    return {name: by_table.get(name) for name in tables}
+
+
+def _int64(ids: Any, where: str) -> Tensor:
+    """Ids as int64 on the CPU."""
+    try:
+        ids = torch.as_tensor(ids).cpu()
+    except (OverflowError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{where} has ids that are no int64 ({error}); ids are integers in [-2**63, 2**63)") from error
+    if ids.dtype is torch.uint64:
+        if (ids.view(torch.int64) < 0).any():
+            largest = int(np.asarray(ids).max())
+            raise ValueError(
+                f"{where} has id {largest}, beyond int64; view uint64 hashes as int64, every int64 is an id"
+            )
+        return ids.view(torch.int64)
+    if ids.dtype is torch.bool or ids.is_floating_point() or ids.is_complex():
+        raise TypeError(f"{where} has ids of {ids.dtype}; expected integers")
+    return ids.to(torch.int64)
+
+
+def _find(keys: Tensor, wanted: Tensor, positions: Tensor) -> Tensor:
+    """For each wanted key int64 [N], the entry of `positions` where `keys` (in any order) has it, else -1."""
+    if keys.numel() == 0:
+        return torch.full_like(wanted, -1)
+    ascending, order = torch.sort(keys)
+    found = torch.searchsorted(ascending, wanted).clamp(max=keys.numel() - 1)
+    return torch.where(ascending[found] == wanted, positions[order[found]], -1)
 
 
 def _how_many(budget_bytes: float, bytes_each: int, at_most: int) -> int:

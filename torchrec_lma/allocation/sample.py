@@ -39,6 +39,12 @@ class Rows:
         positions = torch.repeat_interleave(starts - (ends - lengths), lengths) + torch.arange(int(lengths.sum()))
         return Rows(self.hash[rows], self.count[rows], lengths, self.keys[positions], self.tables[positions])
 
+    def first(self, n: int | None) -> "Rows":
+        """The first n rows; all of them for None."""
+        lengths = self.lengths[:n]
+        keys = int(lengths.sum())
+        return Rows(self.hash[:n], self.count[:n], lengths, self.keys[:keys], self.tables[:keys])
+
     def row_of_key(self) -> Tensor:
         """int64 [N], the row each key stands in."""
         return torch.repeat_interleave(torch.arange(self.lengths.numel()), self.lengths)
@@ -80,7 +86,7 @@ class RowSample:
         keys, tables = keys[kept][in_row_order], tables[kept][in_row_order]
         content, lengths = content[wanted], lengths[wanted]
         self._parts.append(Rows(content, torch.ones_like(content), lengths, keys, tables))
-        self._pending += content.numel()
+        self._pending += max(content.numel(), 256)  # a part without rows takes memory as well
         if self.max_rows is not None and self._pending > self.max_rows:
             self.rows()
 

@@ -1,5 +1,6 @@
 """Readers that turn click logs into TorchRec batches; used by the command line and the DLRM example."""
 
+from torchrec_lma.datasets.numpy_columns import NumpyDataset
 from torchrec_lma.datasets.readers import (
     CriteoDataset,
     ParquetDataset,
@@ -13,6 +14,7 @@ from torchrec_lma.datasets.readers import (
 
 __all__ = [
     "CriteoDataset",
+    "NumpyDataset",
     "ParquetDataset",
     "RowDataset",
     "Schema",

@@ -62,8 +62,8 @@ def prepare(cache_dir: str | os.PathLike[str] | None = None) -> Path:
         cache_dir: default `default_cache()`.
 
     Raises:
-        RuntimeError: the wheel could not be downloaded.
-        ValueError: the wheel is not the one that this was written for.
+        ConnectionError: the wheel could not be downloaded.
+        ValueError: the wheel is damaged, or not the one that this was written for.
     """
     cache = default_cache() if cache_dir is None else Path(cache_dir)
     target = cache / "movielens-100k.parquet"
@@ -82,7 +82,7 @@ def _download(directory: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", RECBOLE]
     done = subprocess.run([*command, "--dest", str(directory)], capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(
+        raise ConnectionError(
             f"{' '.join(command)} failed: {done.stderr.strip()}\n"
             f"Without a network, fetch {WHEEL} elsewhere and put it into the cache directory."
         )
@@ -92,14 +92,17 @@ def _download(directory: Path) -> Path:
 def _extract(wheel: Path) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """The interactions, users and items as RecBole's atomic files have them, all columns strings."""
     tables = []
-    with zipfile.ZipFile(wheel) as archive:
-        for kind, expected in SHA256.items():
-            content = archive.read(f"recbole/dataset_example/ml-100k/ml-100k.{kind}")
-            found = hashlib.sha256(content).hexdigest()
-            if found != expected:
-                raise ValueError(f"ml-100k.{kind} in {wheel} has sha256 {found}, not {expected}: remove the wheel")
-            table = pd.read_csv(io.BytesIO(content), sep="\t", dtype=str, quoting=3, keep_default_na=False)
-            tables.append(table.rename(columns=lambda header: header.split(":")[0]))  # "user_id:token" -> "user_id"
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            contents = {kind: archive.read(f"recbole/dataset_example/ml-100k/ml-100k.{kind}") for kind in SHA256}
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise ValueError(f"{wheel} is no whole wheel of {RECBOLE} ({error}): remove it") from error
+    for kind, content in contents.items():
+        found = hashlib.sha256(content).hexdigest()
+        if found != SHA256[kind]:
+            raise ValueError(f"ml-100k.{kind} in {wheel} has sha256 {found}, not {SHA256[kind]}: remove the wheel")
+        table = pd.read_csv(io.BytesIO(content), sep="\t", dtype=str, quoting=3, keep_default_na=False)
+        tables.append(table.rename(columns=lambda header: header.split(":")[0]))  # "user_id:token" -> "user_id"
     interactions, users, items = tables
     return interactions, users, items
 

@@ -30,6 +30,7 @@ import pyarrow.csv
 import pyarrow.fs
 import pyarrow.parquet as pq
 import torch
+from safetensors.torch import load_file, save_file
 from torchrec.datasets.utils import Batch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
@@ -67,7 +68,7 @@ class Schema:
     """Which columns of a table a model uses.
 
     Args:
-        label: column of 0 and 1.
+        label: column of 0 and 1; None for rows to be predicted, whose labels are then NaN.
         categorical: columns of ids, the keys of the batches' `KeyedJaggedTensor`. At least one.
         numeric: columns of numbers, the columns of the batches' `dense_features`.
 
@@ -76,7 +77,7 @@ class Schema:
         ValueError: a column is named twice, or `categorical` is empty.
     """
 
-    label: str
+    label: str | None
     categorical: tuple[str, ...]
     numeric: tuple[str, ...] = ()
 
@@ -91,7 +92,8 @@ class Schema:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        return (self.label, *self.categorical, *self.numeric)
+        label = () if self.label is None else (self.label,)
+        return (*label, *self.categorical, *self.numeric)
 
 
 @dataclass(frozen=True)
@@ -329,6 +331,7 @@ class RowDataset(ABC):
         epoch: int = 0,
         shuffle_rows: int = 1 << 18,
         drop_last: bool = False,
+        first_batch: int = 0,
     ) -> Iterator[Batch]:
         """One pass over `split`, the same number of batches on every rank.
 
@@ -343,6 +346,8 @@ class RowDataset(ABC):
             shuffle_seed: None keeps the stored order. Else the rows of each window of `shuffle_rows` are permuted, the
                 same way for the same (shuffle_seed, epoch, rank, world_size, batch_size, shuffle_rows).
             drop_last: leave out the rows that do not fill a batch on every rank.
+            first_batch: go on from this batch of the pass, counting from 0, as if those before had been read; of these
+                only the ones that share a shuffled window with it are.
 
         Raises:
             ValueError: as `num_batches`; an argument is out of range; while iterating, a label is not 0 or 1, or a
@@ -354,32 +359,43 @@ class RowDataset(ABC):
         if not 0 <= rank < world_size:
             raise ValueError(f"rank={rank} must be at least 0 and below world_size={world_size}")
         num_batches = self.num_batches(split, batch_size, world_size, drop_last)
+        if not 0 <= first_batch <= num_batches:
+            raise ValueError(f"first_batch={first_batch} must be at least 0 and at most the {num_batches} of the pass")
         rows = self.num_rows(split)
         start, stop = rows * rank // world_size, rows * (rank + 1) // world_size
         stop = min(stop, start + num_batches * batch_size)
         window_rows = max(1, (READ_ROWS if shuffle_seed is None else shuffle_rows) // batch_size) * batch_size
 
         def generate() -> Iterator[Batch]:
-            random = None if shuffle_seed is None else np.random.default_rng([shuffle_seed, epoch, rank])
-            for window in _rechunk(self._encoded(split, start, stop), window_rows):
-                if random:
+            random = np.random.default_rng([shuffle_seed, epoch, rank]) if shuffle_seed is not None else None
+            windows, first = divmod(first_batch * batch_size, window_rows)  # to skip, and row to start at in the next
+            if random is not None:
+                for _ in range(windows):
+                    random.permutation(window_rows)  # drawn all the same: the next ones follow from it
+            for window in _rechunk(self._encoded(split, start + windows * window_rows, stop), window_rows):
+                if random is not None:
                     window = window.take(pa.array(random.permutation(window.num_rows)))
-                for offset in range(0, window.num_rows, batch_size):
+                for offset in range(first, window.num_rows, batch_size):
                     yield self._to_batch(window.slice(offset, batch_size))
-            for _ in range(num_batches - -(-(stop - start) // batch_size)):
+                first = 0
+            with_rows = -(-(stop - start) // batch_size)
+            for _ in range(num_batches - max(with_rows, first_batch)):
                 yield self._to_batch(self._no_rows())
 
         return generate()
 
-    def distinct_ids(self, split: str = "train") -> dict[str, np.ndarray]:
+    def distinct_ids(self, split: str = "train", rank: int = 0, world_size: int = 1) -> dict[str, np.ndarray]:
         """The ids of each categorical column in `split`, int64 [distinct], ascending. One pass, 8 bytes a distinct id.
 
+        Args:
+            rank, world_size: which of how many shares to read, as in `batches`.
         Raises:
             ValueError: as `batches`.
         """
         known = {name: np.empty(0, np.int64) for name in self.schema.categorical}
         new: dict[str, list[np.ndarray]] = {name: [] for name in known}
-        for batch in self._encoded(split, 0, self.num_rows(split)):
+        rows = self.num_rows(split)
+        for batch in self._encoded(split, rows * rank // world_size, rows * (rank + 1) // world_size):
             for name, pending in new.items():
                 pending.append(pd.unique(_values(batch.column(name))))
                 if sum(map(len, pending)) > max(READ_ROWS, len(known[name])):  # seldom enough: O(n log n) in all
@@ -476,6 +492,8 @@ class RowDataset(ABC):
         dense = np.empty((rows.num_rows, len(self.schema.numeric)), np.float32)
         for i, name in enumerate(self.schema.numeric):
             dense[:, i] = rows.column(name).to_numpy()
+        label = self.schema.label
+        labels = np.full(rows.num_rows, np.nan, np.float32) if label is None else rows.column(label).to_numpy().copy()
         return Batch(
             dense_features=torch.from_numpy(dense),
             sparse_features=KeyedJaggedTensor(
@@ -483,7 +501,7 @@ class RowDataset(ABC):
                 values=torch.from_numpy(np.concatenate([_values(column) for column in ids])),
                 lengths=torch.from_numpy(np.concatenate([_lengths(column) for column in ids], dtype=np.int32)),
             ),
-            labels=torch.from_numpy(rows.column(self.schema.label).to_numpy().copy()),
+            labels=torch.from_numpy(labels),
         )
 
     def _no_rows(self) -> pa.RecordBatch:
@@ -624,8 +642,8 @@ class Vocabulary:
     """
 
     def __init__(self, ids: Mapping[str, np.ndarray]) -> None:
-        self._ids = {feature: torch.from_numpy(np.unique(values)) for feature, values in ids.items()}
-        self.num_embeddings = {feature: len(known) + 1 for feature, known in self._ids.items()}
+        self.ids = {feature: torch.from_numpy(np.unique(values)) for feature, values in ids.items()}
+        self.num_embeddings = {feature: len(known) + 1 for feature, known in self.ids.items()}
 
     def __call__(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         """Raw ids -> rows: a new KeyedJaggedTensor of the same keys, lengths and weights; values int64 [ids].
@@ -633,9 +651,9 @@ class Vocabulary:
         Raises:
             ValueError: a key has no vocabulary.
         """
-        unknown = [key for key in features.keys() if key not in self._ids]
+        unknown = [key for key in features.keys() if key not in self.ids]
         if unknown:
-            raise ValueError(f"no vocabulary for {unknown}, only for {list(self._ids)}: give the ids of every feature")
+            raise ValueError(f"no vocabulary for {unknown}, only for {list(self.ids)}: give the ids of every feature")
         ends = features.offset_per_key()
         rows = [
             self._rows(key, features.values()[start:end])
@@ -648,8 +666,17 @@ class Vocabulary:
             lengths=features.lengths(),
         )
 
+    def save(self, path: Path) -> None:
+        """Writes the ids of each feature as one safetensors file."""
+        save_file(self.ids, path)
+
+    @classmethod
+    def load(cls, path: Path) -> "Vocabulary":
+        """Reads what `save` wrote."""
+        return cls({feature: ids.numpy() for feature, ids in load_file(path).items()})
+
     def _rows(self, feature: str, values: torch.Tensor) -> torch.Tensor:
-        known = self._ids[feature].to(values.device)
+        known = self.ids[feature].to(values.device)
         if not len(known):
             return torch.zeros_like(values, dtype=torch.int64)
         found = torch.searchsorted(known, values.long()).clamp(max=len(known) - 1)

@@ -1,0 +1,203 @@
+"""Allocations built by several workers: the result of one, over gloo, through torchrun, and when a worker dies."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import ranks
+import torch
+import torch.distributed as dist
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from torchrec_lma import Allocation, AllocationBuilder, LMAConfig
+from torchrec_lma.allocation import ContextMinHash, RowsMinHash, SimHash
+from torchrec_lma.allocation.reduction import reduce_builders
+from torchrec_lma.cli import main as torchrec_lma
+
+TABLES = [
+    EmbeddingBagConfig(name=name, num_embeddings=2000, embedding_dim=8, feature_names=[name])
+    for name in ("user", "item", "tag")
+]
+SOURCES = {"user": RowsMinHash(max_rows=200), "item": ContextMinHash(weighted=True, max_rows=150), "tag": SimHash()}
+ROWS = 500
+
+
+def builder_of(rank: int, world_size: int, max_ids: int) -> AllocationBuilder:
+    """The builder that saw every world_size-th of the rows and of the vectors."""
+    random = np.random.default_rng(0)
+    ids = np.stack([random.zipf(1.3, ROWS) % most for most in (300, 50, 9)])[:, rank::world_size]
+    builder = AllocationBuilder(TABLES, LMAConfig(compression=2), SOURCES, max_ids=max_ids)
+    for part in np.array_split(ids, 3, axis=1):
+        values = torch.from_numpy(part.reshape(-1))
+        builder.update(
+            KeyedJaggedTensor(
+                keys=["user", "item", "tag"], values=values, lengths=torch.ones_like(values, dtype=torch.int32)
+            )
+        )
+    vectors = random.normal(size=(9, 4))
+    return builder.add_vectors("tag", np.arange(9)[rank::world_size], vectors[rank::world_size])
+
+
+def reduced_on_this_rank(max_ids: int) -> tuple[str, dict[str, Any]] | None:
+    reduced = reduce_builders(builder_of(dist.get_rank(), dist.get_world_size(), max_ids))
+    if reduced is None:
+        return None
+    allocation = reduced.build()
+    return allocation.fingerprint, allocation.provenance
+
+
+@pytest.mark.parametrize("max_ids", [1 << 20, 100])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_any_number_of_workers_build_the_allocation_of_one(world_size: int, max_ids: int) -> None:
+    expected = builder_of(0, 1, max_ids).build()
+    first, *others = ranks.run(reduced_on_this_rank, world_size, max_ids)
+    assert first == (expected.fingerprint, expected.provenance)
+    assert others == [None] * (world_size - 1)
+    assert expected.provenance["frequency"] == ("counted" if max_ids > 100 else "sketched")
+
+
+# The command line.
+
+
+@pytest.fixture(scope="module")
+def clicks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    random = np.random.default_rng(1)
+    n = 3000
+    folder = tmp_path_factory.mktemp("clicks")
+    for part in range(3):
+        frame = pd.DataFrame(
+            {
+                "click": random.integers(0, 2, n),
+                "user": random.zipf(1.4, n) % 500,
+                "item": [f"item-{i}" for i in random.integers(0, 90, n)],
+                "day": random.integers(0, 3, n),
+            }
+        )
+        frame.to_parquet(folder / f"part{part}.parquet", row_group_size=400)
+    return folder
+
+
+def arguments(clicks: Path, out: Path, *more: str) -> list[str]:
+    columns = ["--label", "click", "--categorical", "user", "item", "day"]
+    sources = ["--source-of", "item=context-minhash", "day=none", "--context", "user", "--weighted"]
+    return [
+        "allocate",
+        "--data",
+        str(clicks),
+        *columns,
+        "--dim",
+        "8",
+        "--compression",
+        "2",
+        *sources,
+        "--out",
+        str(out),
+        *more,
+    ]
+
+
+def torchrun(world_size: int, command: list[str]) -> subprocess.Popen[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    return subprocess.Popen(
+        [*launcher, "-m", "torchrec_lma.cli", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment | {"OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+
+
+def test_the_command_takes_a_source_for_each_column(clicks: Path, tmp_path: Path) -> None:
+    assert torchrec_lma(arguments(clicks, tmp_path / "a", "--max-ids", "100", "--max-rows", "500")) == 0
+    provenance = Allocation.load(tmp_path / "a").provenance
+    assert provenance["frequency"] == "sketched"
+    by_table = provenance["source"]["tables"]
+    assert by_table["t_user"]["name"] == "rows-minhash" and by_table["t_user"]["weighted"]
+    assert by_table["t_item"]["name"] == "context-minhash" and by_table["t_item"]["fields"] == ["t_user"]
+    assert by_table["t_day"] is None
+
+
+@pytest.mark.parametrize("wrong", ["item", "color=none", "item=minhash"])
+def test_a_wrong_source_of_a_column_is_refused(
+    clicks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], wrong: str
+) -> None:
+    assert torchrec_lma(arguments(clicks, tmp_path / "a", "--source-of", wrong)) == 2
+    assert re.search(f"--source-of '{wrong}'.*user.*rows-minhash", capsys.readouterr().err)
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.slow
+def test_workers_of_torchrun_write_the_file_of_one_process(clicks: Path, tmp_path: Path) -> None:
+    assert torchrec_lma(arguments(clicks, tmp_path / "one")) == 0
+    process = torchrun(3, arguments(clicks, tmp_path / "three"))
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors[-3000:]
+    one, three = Allocation.load(tmp_path / "one"), Allocation.load(tmp_path / "three")
+    assert (three.fingerprint, three.provenance, three.header) == (one.fingerprint, one.provenance, one.header)
+    assert output.count("fingerprint") == 1
+
+
+DYING = """
+import os, signal, sys
+from torchrec_lma import AllocationBuilder
+from torchrec_lma.cli import main
+
+if os.environ["RANK"] == os.environ["VICTIM"]:
+    AllocationBuilder.update = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_worker_that_dies_ends_the_build_and_leaves_no_file(clicks: Path, tmp_path: Path, victim: int) -> None:
+    """Without torchrun, which would end the other workers before they could tell."""
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        port = listener.getsockname()[1]
+    out = tmp_path / "out" / "allocation"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", DYING, *arguments(clicks, out)],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ
+            | {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+            | {"VICTIM": str(victim), "OMP_NUM_THREADS": "1"},
+        )
+        for rank in range(2)
+    ]
+    try:
+        errors = [process.communicate(timeout=200)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert processes[victim].returncode == -signal.SIGKILL
+    assert processes[1 - victim].returncode == 2, errors[1 - victim]
+    assert "torchrec-lma allocate: another worker ended" in errors[1 - victim]
+    assert not out.parent.exists()
+
+
+@pytest.mark.slow
+def test_a_worker_that_cannot_read_its_share_ends_the_build(clicks: Path, tmp_path: Path) -> None:
+    for part in clicks.iterdir():
+        (tmp_path / part.name).write_bytes(part.read_bytes())
+    frame = pd.read_parquet(tmp_path / "part2.parquet")
+    frame.loc[2700, "click"] = 7
+    frame.to_parquet(tmp_path / "part2.parquet")
+    process = torchrun(2, [*arguments(tmp_path, tmp_path / "out"), "--split", "hash", "--num-embeddings", "500"])
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert re.search("torchrec-lma allocate: .*part2.parquet.*'click'.*row 2700.*a label is 0 or 1", errors)
+    assert not (tmp_path / "out").exists()
