@@ -1,0 +1,117 @@
+"""The DLRM that train.py trained, as `torchrec-lma export` takes it.
+
+torchrec-lma export --checkpoint runs/demo/lma-seed0 --model examples/dlrm/serving.py:dlrm --out model.pt
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from checkpointing import Checkpoints, damage, read_settings, read_vocabulary
+from torch import Tensor, nn
+from torchrec.models.dlrm import DLRM
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from train import make_model
+
+from torchrec_lma import Allocation, LMAEmbeddingBagCollection
+from torchrec_lma.datasets import Vocabulary
+from torchrec_lma.inference import ServableModel, load_checkpoint, request
+from torchrec_lma.options import make_tables, open_dataset
+
+SAMPLE_ROWS = 1000
+
+
+def dlrm(checkpoint: Path, allocation: Allocation | None = None) -> ServableModel:
+    """The factory.
+
+    Args:
+        checkpoint: of train.py, or the --checkpoint-dir of a run, whose newest checkpoint is taken.
+        allocation: must be the one of the checkpoint, which holds it too.
+    Raises:
+        ValueError: there is no whole checkpoint, or it was trained under another allocation.
+    """
+    checkpoint = find_checkpoint(checkpoint)
+    settings = read_settings(checkpoint)
+    args = argparse.Namespace(**settings["arguments"])
+    tables = make_tables(args, settings["num_embeddings"])
+    categorical = list(settings["categorical"])
+    if args.table == "lma":
+        allocation = allocation or Allocation.from_checkpoint(checkpoint)
+        ebc: EmbeddingBagCollection = LMAEmbeddingBagCollection(tables, allocation.config, allocation)
+        rows: nn.Module | None = None
+    else:
+        ebc = EmbeddingBagCollection(tables=tables)
+        vocabulary = read_vocabulary(checkpoint)
+        rows = _VocabularyRows(vocabulary, categorical) if vocabulary is not None else _HashedRows(args.num_embeddings)
+    model = make_model(args, ebc, len(settings["numeric"]), torch.device("cpu")).model
+    load_checkpoint(model, checkpoint, "model.model.")
+    sample = next(open_dataset(args).batches("test", batch_size=SAMPLE_ROWS), None)
+    if sample is None:
+        raise ValueError("the data has no test rows to check the exported model on; give --data with some")
+    return ServableModel(
+        model=model if rows is None else _WithRows(rows, model),
+        float_features=list(settings["numeric"]),
+        id_list_features=categorical,
+        id_score_list_features=[],
+        sample=request(sample.dense_features, sample.sparse_features),
+    )
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint itself, or the newest of a run's folder. Raises ValueError if there is none or it is damaged."""
+    if not (path / ".metadata").exists():
+        paths = Checkpoints(path).paths()
+        if not paths:
+            raise ValueError(f"{path} is no checkpoint of train.py and holds none; give its --checkpoint-dir")
+        path = paths[-1]
+    if problem := damage(path):
+        raise ValueError(f"checkpoint {path} is damaged ({problem}); export another one")
+    return path
+
+
+class _WithRows(nn.Module):
+    """A model of full tables behind what gives raw ids their rows, as in training."""
+
+    def __init__(self, rows: nn.Module, model: DLRM) -> None:
+        super().__init__()
+        self.rows = rows
+        self.model = model
+
+    def forward(self, float_features: Tensor, features: KeyedJaggedTensor) -> Tensor:
+        return self.model(float_features, self.rows(features))
+
+
+class _HashedRows(nn.Module):
+    """The hashing trick."""
+
+    def __init__(self, num_embeddings: int) -> None:
+        super().__init__()
+        self.num_embeddings = num_embeddings
+
+    def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
+        return KeyedJaggedTensor(
+            keys=features.keys(), values=features.values() % self.num_embeddings, lengths=features.lengths()
+        )
+
+
+class _VocabularyRows(nn.Module):
+    """A Vocabulary that scripts: its ids travel in the model."""
+
+    def __init__(self, vocabulary: Vocabulary, features: list[str]) -> None:
+        super().__init__()
+        self.features = features
+        for i, feature in enumerate(features):
+            self.register_buffer(f"ids_{i}", vocabulary.ids[feature])
+
+    def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
+        parts = features.split([1] * len(self.features))
+        rows = []
+        for i in range(len(self.features)):
+            known, ids = self.get_buffer(f"ids_{i}"), parts[i].values().long()
+            if not len(known):
+                rows.append(torch.zeros_like(ids))
+                continue
+            found = torch.searchsorted(known, ids).clamp(max=len(known) - 1)
+            rows.append(torch.where(known[found] == ids, found + 1, 0))
+        return KeyedJaggedTensor(keys=self.features, values=torch.cat(rows), lengths=features.lengths())

@@ -1,0 +1,293 @@
+"""Exported files, loaded where torchrec_lma is not imported, against float models and against the contract."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks
+import servable_models
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from servable_models import IDS, ROWS, SCORED, make_dlrm, mixed, of_dlrm
+from torch import nn
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+
+from torchrec_lma import get_default_sharders
+from torchrec_lma.cli import main as torchrec_lma
+from torchrec_lma.inference import export, load_checkpoint, quantize
+from torchrec_lma.inference.ahead_of_time import to_exported_program
+from torchrec_lma.inference.export import CheckFailed, ContractModule, load_factory
+
+FACTORIES = Path(servable_models.__file__)
+
+
+def metadata_of(path: Path) -> dict[str, Any]:
+    files = {"torchrec_lma.json": ""}
+    torch.jit.load(path, _extra_files=files)
+    return json.loads(files["torchrec_lma.json"])
+
+
+@pytest.mark.parametrize(("table", "dtype"), [("lma", "int8"), ("full", "int8"), ("full", "fp16")])
+def test_the_file_predicts_what_the_float_model_predicts(tmp_path: Path, table: str, dtype: str) -> None:
+    torch.manual_seed(0)
+    model = make_dlrm(table)
+    for bag in model.sparse_arch.embedding_bag_collection.embedding_bags.values():
+        bag.weight.data.mul_(10)  # so that a table that is not read, or read wrongly, shows
+    servable = of_dlrm(model, largest=2**40 if table == "lma" else 500)
+    sample = servable.sample
+    features = servable_models.KeyedJaggedTensor(
+        keys=IDS, values=sample["id_list_features.values"], lengths=sample["id_list_features.lengths"]
+    )
+    expected = model(sample["float_features"], features).detach().reshape(-1).sigmoid()
+    assert expected.std() > 0.01
+    exported = export(servable, tmp_path / "new" / "model.pt", dtype)
+    served = torch.jit.load(exported.path)(sample)["default"]
+    tolerance = {"int8": 5e-3, "fp16": 1e-3}[dtype]
+    torch.testing.assert_close(served, expected, rtol=0, atol=tolerance)
+    assert exported.difference <= tolerance
+    assert [path.name for path in exported.path.parent.iterdir()] == ["model.pt"]
+    assert bool(metadata_of(exported.path)["allocation_fingerprint"]) == (table == "lma")
+
+
+def test_the_contract_of_torchrecs_server(tmp_path: Path) -> None:
+    servable = mixed(tmp_path, None)
+    path = export(servable, tmp_path / "model.pt", "int8").path
+    assert set(servable.sample) == {
+        "float_features",
+        "id_list_features.lengths",
+        "id_list_features.values",
+        "id_score_list_features.lengths",
+        "id_score_list_features.values",
+        "id_score_list_features.weights",
+    }
+    model = torch.jit.load(path)
+    wide = {key: value.long() if not value.is_floating_point() else value for key, value in servable.sample.items()}
+    narrow = {key: value.int() if not value.is_floating_point() else value for key, value in servable.sample.items()}
+    predictions = [model(rows) for rows in (servable.sample, wide, narrow)]
+    for prediction in predictions:
+        assert set(prediction) == {"default"}
+        assert prediction["default"].dtype == torch.float32 and prediction["default"].device.type == "cpu"
+        assert prediction["default"].shape == (ROWS,)
+        assert torch.equal(prediction["default"], predictions[0]["default"])
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    one = {"float_features": torch.zeros(1, 3), "id_list_features.lengths": torch.tensor([1, 0]).int()}
+    one |= {"id_list_features.values": torch.tensor([7]).int(), "id_score_list_features.lengths": torch.tensor([0])}
+    one |= {"id_score_list_features.values": torch.tensor([]).int(), "id_score_list_features.weights": torch.tensor([])}
+    assert model(one)["default"].shape == (1,)
+
+
+def test_the_metadata_names_the_features(tmp_path: Path) -> None:
+    servable = mixed(tmp_path, None)
+    fingerprints = [servable.model.plain.allocation.fingerprint, servable.model.scored.allocation.fingerprint]
+    assert metadata_of(export(servable, tmp_path / "model.pt", "fp16").path) == {
+        "format_version": 1,
+        "float_features": ["a", "b", "c"],
+        "id_list_features": IDS,
+        "id_score_list_features": SCORED,
+        "dtype": "fp16",
+        "allocation_fingerprint": ",".join(fingerprints),
+    }
+
+
+def test_a_failed_compilation_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> None:
+        raise CheckFailed("compiled wrongly")
+
+    # The module: its package has a function of the same name.
+    monkeypatch.setattr(sys.modules["torchrec_lma.inference.export"], "compile_package", fail)
+    path = tmp_path / "model.pt"
+    path.write_text("old")
+    with pytest.raises(CheckFailed, match="compiled wrongly"):
+        export(of_dlrm(make_dlrm("lma")), path, "int8", ahead_of_time=tmp_path / "model.pt2")
+    assert path.read_text() == "old" and [file.name for file in tmp_path.iterdir()] == ["model.pt"]
+
+
+def test_a_failed_check_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    path.write_bytes(b"old")
+    model = make_dlrm("lma")
+    for bag in model.sparse_arch.embedding_bag_collection.embedding_bags.values():
+        bag.weight.data.normal_()
+    with pytest.raises(CheckFailed, match="tolerance of 1e-09"):
+        export(of_dlrm(model), path, "int4", tolerance=1e-9)
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_nan_is_no_success(tmp_path: Path) -> None:
+    model = make_dlrm("lma")
+    nn.init.constant_(model.over_arch.model[-1].bias, float("nan"))
+    with pytest.raises(CheckFailed):
+        export(of_dlrm(model), tmp_path / "model.pt", "fp32")
+
+
+def test_samples_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    for key, value, message in (
+        ("float_features", torch.zeros(ROWS, 2), r"\[20, 2\], expected \[B, 3\]"),
+        ("id_list_features.lengths", torch.zeros(3).int(), "3 id_list_features.lengths"),
+        ("id_list_features.values", torch.zeros(1).int(), "1 values"),
+    ):
+        servable = of_dlrm(make_dlrm("lma"))
+        servable.sample[key] = value
+        with pytest.raises(ValueError, match=message):
+            export(servable, tmp_path / "model.pt", "int8")
+    servable = of_dlrm(make_dlrm("lma"))
+    del servable.sample["id_list_features.values"]
+    with pytest.raises(ValueError, match="lacks .*id_list_features.values"):
+        export(servable, tmp_path / "model.pt", "int8")
+    with pytest.raises(ValueError, match="int7"):
+        export(of_dlrm(make_dlrm("lma")), tmp_path / "model.pt", "int7")
+    assert not list(tmp_path.iterdir())
+
+
+def save_sharded(folder: str, table: str, sharding_type: str) -> list[tuple[str, list[int], torch.Tensor]]:
+    """On every rank: a sharded DLRM with random weights, saved. Returns this rank's parts: key, offsets, values."""
+    torch.manual_seed(dist.get_rank())
+    model = make_dlrm(table)
+    names = [config.name for config in model.sparse_arch.embedding_bag_collection.embedding_bag_configs()]
+    constraints = {
+        name: ParameterConstraints(sharding_types=[sharding_type], min_partition=8 if table == "lma" else 4)
+        for name in names
+    }
+    topology = Topology(world_size=dist.get_world_size(), compute_device="cpu")
+    plan = EmbeddingShardingPlanner(topology=topology, constraints=constraints).collective_plan(
+        model, get_default_sharders(), dist.GroupMember.WORLD
+    )
+    dmp = DistributedModelParallel(model, device=torch.device("cpu"), plan=plan, sharders=get_default_sharders())
+    dcp.save({"model": dmp.state_dict()}, checkpoint_id=folder)
+    parts = []
+    for name, value in dmp.state_dict().items():
+        if isinstance(value, ShardedTensor):
+            parts += [(name, shard.metadata.shard_offsets, shard.tensor.clone()) for shard in value.local_shards()]
+        else:
+            parts.append((name, [0] * value.dim(), value.detach().clone()))
+    return parts
+
+
+@pytest.mark.parametrize(
+    ("table", "sharding_type", "world_size"),
+    [("lma", "table_wise", 1), ("lma", "row_wise", 2), ("lma", "data_parallel", 2), ("full", "column_wise", 2)],
+)
+def test_checkpoints_of_any_plan_load_into_one_process(
+    tmp_path: Path, table: str, sharding_type: str, world_size: int
+) -> None:
+    saved = ranks.run(save_sharded, world_size, str(tmp_path), table, sharding_type)
+    model = make_dlrm(table)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)
+    load_checkpoint(model, tmp_path, "model.")
+    loaded = model.state_dict()
+    assert {name for parts in saved for name, _, _ in parts} == set(loaded)
+    for parts in saved:
+        for name, offsets, values in parts:
+            there = tuple(slice(first, first + size) for first, size in zip(offsets, values.shape))
+            assert torch.equal(loaded[name][there], values), name
+    assert not any(value.isnan().any() for value in loaded.values() if value.is_floating_point())
+
+
+def test_other_checkpoints_are_refused(tmp_path: Path) -> None:
+    model = make_dlrm("lma")
+    with pytest.raises(FileNotFoundError, match="holds no torch.distributed.checkpoint"):
+        load_checkpoint(model, tmp_path)
+    dcp.save({"model": make_dlrm("full").state_dict()}, checkpoint_id=tmp_path, no_dist=True)
+    with pytest.raises(ValueError, match="no tensor 'model.sparse_arch.*another model"):
+        load_checkpoint(model, tmp_path, "model.")
+    full = make_dlrm("full")
+    full.over_arch.model[-1] = nn.Linear(8, 2)
+    with pytest.raises(ValueError, match=r"in size \[1, 8\], the model in \[2, 8\]"):
+        load_checkpoint(full, tmp_path, "model.")
+
+
+def test_the_export_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dcp.save({"model": make_dlrm("lma").state_dict()}, checkpoint_id=tmp_path / "checkpoint", no_dist=True)
+    options = ["export", "--checkpoint", str(tmp_path / "checkpoint"), "--out", str(tmp_path / "model.pt")]
+    assert torchrec_lma([*options, "--model", "servable_models:lma_dlrm"]) == 0
+    assert metadata_of(tmp_path / "model.pt")["dtype"] == "int8"
+    said = capsys.readouterr().out
+    assert "memory_8: 12 bytes a row in int8" in said and f"checked on {ROWS} rows" in said
+
+
+@pytest.mark.slow
+def test_the_export_command_takes_a_file(tmp_path: Path) -> None:
+    dcp.save({"model": make_dlrm("lma").state_dict()}, checkpoint_id=tmp_path / "checkpoint", no_dist=True)
+    options = ["export", "--checkpoint", str(tmp_path / "checkpoint"), "--out", str(tmp_path / "model.pt")]
+    code = "import sys; from torchrec_lma.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-W", "ignore", "-c", code, *options, "--model", f"{FACTORIES}:lma_dlrm"]
+    done = subprocess.run([*command, "--dtype", "fp8"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert metadata_of(tmp_path / "model.pt")["dtype"] == "fp8"
+
+
+def test_wrong_options_are_said_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["export", "--checkpoint", str(tmp_path), "--out", str(tmp_path / "model.pt"), "--model"]
+    for factory, message in (
+        ("nowhere", "module:function"),
+        ("no_such_module:f", "no_such_module"),
+        ("no_such_file.py:f", "no file"),
+        ("servable_models:nothing", "no function 'nothing'"),
+        ("servable_models:not_a_factory", "no function 'not_a_factory'"),
+        ("servable_models:lma_dlrm", "no .metadata"),
+    ):
+        assert torchrec_lma([*options, factory]) == 2
+        assert message in capsys.readouterr().err
+    assert load_factory("servable_models:lma_dlrm") is servable_models.lma_dlrm
+    options[2] = str(tmp_path / "nowhere")
+    assert torchrec_lma([*options, "servable_models:lma_dlrm"]) == 2
+    assert "not a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["lma", "full", "mixed"])
+def test_quantized_models_go_through_torch_export(kind: str, tmp_path: Path) -> None:
+    servable = mixed(tmp_path, None) if kind == "mixed" else of_dlrm(make_dlrm(kind))
+    model = ContractModule(servable)
+    quantize(model, torch.int8)
+    rows = {key: value.long() if not value.is_floating_point() else value for key, value in servable.sample.items()}
+    expected = model(rows)["default"]
+    program = to_exported_program(model, servable.sample).module()
+    assert torch.equal(program(rows)["default"], expected)
+    few = {"float_features": rows["float_features"][:2], "id_list_features.lengths": torch.zeros(4, dtype=torch.int64)}
+    few["id_list_features.values"] = torch.tensor([], dtype=torch.int64)  # another size, with every bag empty
+    if kind == "mixed":
+        few |= {
+            "id_score_list_features.lengths": torch.tensor([1, 0]),
+            "id_score_list_features.values": torch.tensor([9]),
+        }
+        few["id_score_list_features.weights"] = torch.tensor([0.5])
+    assert torch.equal(program(few)["default"], model(few)["default"])
+
+
+@pytest.mark.slow
+def test_compiled_packages_predict_what_scripts_predict(tmp_path: Path) -> None:
+    servable = mixed(tmp_path, None)
+    exported = export(servable, tmp_path / "model.pt", "int8", ahead_of_time=tmp_path / "model.pt2")
+    compiled = torch._inductor.aoti_load_package(str(tmp_path / "model.pt2"))
+    assert json.loads(compiled.get_metadata()["torchrec_lma.json"]) == metadata_of(exported.path)
+    scripted = torch.jit.load(exported.path)
+    for rows in (1, 2, 33):
+        torch.manual_seed(rows)
+        lengths = {
+            kind: torch.randint(3, (features * rows,)) for kind, features in (("id_list", 2), ("id_score_list", 1))
+        }
+        given = {"float_features": torch.randn(rows, 3)}
+        for kind, bags in lengths.items():
+            given[f"{kind}_features.lengths"] = bags
+            given[f"{kind}_features.values"] = torch.randint(-(2**62), 2**62, (int(bags.sum()),))
+        given["id_score_list_features.weights"] = torch.rand(int(lengths["id_score_list"].sum()))
+        torch.testing.assert_close(compiled(given)["default"], scripted(given)["default"], rtol=0, atol=1e-6)
+
+
+def test_devices_that_are_not_there_are_refused(tmp_path: Path) -> None:
+    for device in ("tpu", *(["cuda"] if not torch.cuda.is_available() else [])):
+        with pytest.raises(ValueError, match=f"'{device}' is not here"):
+            export(of_dlrm(make_dlrm("lma")), tmp_path / "model.pt", "int8", device=device)
+
+
+def test_packages_need_their_suffix(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="must be named .pt2"):
+        export(of_dlrm(make_dlrm("lma")), tmp_path / "model.pt", "int8", ahead_of_time=tmp_path / "model.so")

@@ -1,0 +1,165 @@
+"""A client of the prediction service, for TorchRec batches; works with TorchRec's own server too."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+import grpc
+import numpy as np
+import torch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from torchrec_lma.inference.contract import FEATURES_KEY, ID_TYPE_KEY, ID_TYPES, fingerprint_names
+from torchrec_lma.inference.protos.predictor_pb2 import (
+    FloatFeatures,
+    PredictionRequest,
+    PredictionResponse,
+    SparseFeatures,
+)
+
+PREDICT = "/predictor.Predictor/Predict"
+
+
+def make_request(
+    float_features: torch.Tensor,
+    id_list_features: KeyedJaggedTensor,
+    id_score_list_features: KeyedJaggedTensor | None = None,
+    id_type: str = "int32",
+) -> PredictionRequest:
+    """The message for B rows.
+
+    Args:
+        float_features: float [B, float features].
+        id_list_features: features in the model's order; values of any integer type.
+        id_score_list_features: weighted ones, if the model has any.
+        id_type: int32 as the protocol says, or int64.
+
+    Raises:
+        ValueError: an id does not fit, naming feature, row and id; or the parts differ in the number of rows.
+    """
+    if id_type not in ID_TYPES:
+        raise ValueError(f"id_type={id_type!r} must be one of {', '.join(ID_TYPES)}")
+    rows = len(float_features)
+    for name, features in (("id_list_features", id_list_features), ("id_score_list_features", id_score_list_features)):
+        if features is not None and features.keys() and features.stride() != rows:
+            raise ValueError(f"{name} has {features.stride()} rows and float_features {rows}: give the same rows")
+    return PredictionRequest(
+        batch_size=rows,
+        float_features=FloatFeatures(
+            num_features=float_features.shape[1], values=float_features.numpy(force=True).astype("<f4").tobytes()
+        ),
+        id_list_features=_sparse(id_list_features, id_type),
+        id_score_list_features=_sparse(id_score_list_features, id_type) if id_score_list_features is not None else None,
+    )
+
+
+def _sparse(features: KeyedJaggedTensor, id_type: str) -> SparseFeatures:
+    values = features.values().numpy(force=True)
+    range_ = np.iinfo(ID_TYPES[id_type])
+    outside = np.flatnonzero((values < range_.min) | (values > range_.max))
+    if outside.size:
+        at = int(outside[0])
+        bag = int(torch.searchsorted(features.offsets().cpu(), at, right=True)) - 1
+        feature, row = divmod(bag, features.stride())
+        raise ValueError(
+            f"id {values[at]} of {features.keys()[feature]!r}, row {row}, does not fit the protocol's {id_type} "
+            f"({outside.size} ids of {values.size} do not): number the ids within 31 bits before training, or, if the "
+            "server is torchrec-lma's, send int64 (id_type='int64', --id-type int64)"
+        )
+    return SparseFeatures(
+        num_features=len(features.keys()),
+        lengths=features.lengths().numpy(force=True).astype("<i4").tobytes(),
+        values=values.astype(ID_TYPES[id_type]).tobytes(),
+        weights=features.weights().numpy(force=True).astype("<f4").tobytes()
+        if features.weights_or_none() is not None
+        else b"",
+    )
+
+
+class PredictionClient:
+    """Predictions over gRPC. Use it as a context manager, or `close` it; threads may share it.
+
+    Args:
+        address: host:port.
+        id_type: int32 fits every server of TorchRec's protocol; int64 is understood by torchrec-lma's.
+        timeout_seconds: of a call; the server does not compute what is later than that.
+        root_certificate: PEM file that signed the server's certificate; with it the connection is TLS.
+        certificate, key: PEM files of this client, where the server asks for them (mTLS).
+
+    Raises:
+        ValueError: a certificate without its key or without root_certificate.
+
+    Example::
+
+        with PredictionClient("127.0.0.1:50051") as client:
+            probabilities = client.predict(batch.dense_features, batch.sparse_features)
+    """
+
+    def __init__(
+        self,
+        address: str,
+        id_type: str = "int32",
+        timeout_seconds: float = 10.0,
+        root_certificate: Path | None = None,
+        certificate: Path | None = None,
+        key: Path | None = None,
+    ) -> None:
+        if (certificate is None) != (key is None):
+            raise ValueError("certificate and key go together: give both (--tls-cert, --tls-key) or neither")
+        if certificate is not None and root_certificate is None:
+            raise ValueError(
+                "a client certificate needs root_certificate (--tls-ca): without it nothing would be encrypted"
+            )
+        self._id_type = id_type
+        self._timeout_seconds = timeout_seconds
+        options = [("grpc.max_receive_message_length", -1)]
+        if root_certificate is not None:
+            credentials = grpc.ssl_channel_credentials(
+                root_certificate.read_bytes(),
+                key.read_bytes() if key is not None else None,
+                certificate.read_bytes() if certificate is not None else None,
+            )
+            self._channel = grpc.secure_channel(address, credentials, options)
+        else:
+            self._channel = grpc.insecure_channel(address, options)
+        self._call = self._channel.unary_unary(
+            PREDICT,
+            request_serializer=PredictionRequest.SerializeToString,
+            response_deserializer=PredictionResponse.FromString,
+        )
+
+    def predict(
+        self,
+        float_features: torch.Tensor,
+        id_list_features: KeyedJaggedTensor,
+        id_score_list_features: KeyedJaggedTensor | None = None,
+        float_names: Sequence[str] | None = None,
+    ) -> np.ndarray:
+        """float32 [B], the probabilities of B rows.
+
+        Args: as `make_request`, and
+            float_names: of the columns of float_features. With them the server checks that all features are the
+                model's, in its order; without them only their number is checked.
+
+        Raises:
+            ValueError: as `make_request`.
+            grpc.RpcError: the server refused or cannot be reached; `.code()` and `.details()` say why.
+        """
+        request = make_request(float_features, id_list_features, id_score_list_features, self._id_type)
+        metadata = [(ID_TYPE_KEY, self._id_type)]
+        if float_names is not None:
+            scored = id_score_list_features.keys() if id_score_list_features is not None else ()
+            metadata.append((FEATURES_KEY, fingerprint_names(float_names, id_list_features.keys(), scored)))
+        response = self._call(request, timeout=self._timeout_seconds, metadata=metadata)
+        return np.array(response.predictions["default"].data, np.float32)
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def __enter__(self) -> "PredictionClient":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,1 @@
+"""The messages of TorchRec's prediction service."""
