@@ -3,6 +3,7 @@
 Run them from the repository root, locally, on Slurm or on Kubernetes; only ``--scheduler`` and its ``-cfg`` change::
 
     torchx run --scheduler local_cwd torchx_components/lma.py:allocate -- --help
+    torchx run --scheduler local_cwd torchx_components/lma.py:allocate -j 1x2 -- --out allocation.safetensors
     torchx run --scheduler local_cwd torchx_components/lma.py:train -j 1x2 -- --epochs 1
     torchx run --scheduler slurm -cfg partition=gpu torchx_components/lma.py:train -j 4x8 --gpu 8 -- --epochs 1
     torchx run --scheduler kubernetes -cfg queue=default torchx_components/lma.py:train --image IMAGE -j 4x8 --gpu 8
@@ -17,7 +18,7 @@ must be absolute, and helpers need names that TorchX does not use. Its linter re
 ``typing``'s Dict, List and Optional of plain types.
 """
 
-from typing import Dict, List, Optional
+from typing import Dict, List, Optional, Sequence
 
 import torchx
 import torchx.specs as specs
@@ -35,11 +36,15 @@ def train(
     memMB: int = 4096,
     h: Optional[str] = None,
     env: Optional[Dict[str, str]] = None,
+    max_restarts: int = 3,
     max_retries: int = 0,
     mounts: Optional[List[str]] = None,
     rdzv_port: int = 29500,
 ) -> specs.AppDef:
     """Trains a DLRM with LMA embedding tables, one process per device, with torchrun.
+
+    A process that dies is restarted with all others by torchrun, which is quick; a node that dies, by the scheduler.
+    The trainer goes on from its newest checkpoint: see docs/restart.md.
 
     Args:
         script_args: arguments of the training script, after --
@@ -52,10 +57,16 @@ def train(
         memMB: memory per node, in MB
         h: named resource of a node, instead of cpu, gpu and memMB
         env: environment variables, for example OMP_NUM_THREADS=4,NCCL_DEBUG=INFO
-        max_retries: how often the scheduler restarts a failed job
+        max_restarts: how often torchrun restarts the processes of a job, after one has died
+        max_retries: how often the scheduler restarts a failed job; the trainer then needs --resume
         mounts: mounts of a Docker or Kubernetes job, for example type=bind,src=/data,dst=/data,readonly
         rdzv_port: port of the first node where the nodes of a multi-node job meet
     """
+    env = {"PET_MAX_RESTARTS": str(max_restarts), **(env or {})}  # torchrun's --max-restarts; dist.ddp has no argument
+    if j.split("x")[0] not in ("1", "1:1"):
+        # A new store for each attempt. Else the ranks find the addresses there that those of the attempt before left;
+        # and nodes count their restarts each for itself, so the trainer could not keep the attempts apart.
+        env.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     return dist.ddp(
         *script_args,
         script=script,
@@ -75,36 +86,132 @@ def train(
 
 def allocate(
     *args: str,
+    j: str = "1x1",
     image: str = torchx.IMAGE,
-    name: str = "lma-allocate",
+    name: str = "lma/allocate",
     cpu: int = 2,
     memMB: int = 4096,
     h: Optional[str] = None,
     env: Optional[Dict[str, str]] = None,
     max_retries: int = 0,
     mounts: Optional[List[str]] = None,
+    rdzv_port: int = 29500,
 ) -> specs.AppDef:
-    """Builds the allocation of LMA memory from data, in one process: torchrec-lma allocate.
+    """Builds the allocation of LMA memory from data with torchrun: torchrec-lma allocate.
 
     Args:
         args: arguments of torchrec-lma allocate, after --
+        j: nodes x workers per node, for example 1x8; each reads its share of the rows, the result is the same
+        image: image of a Docker or Kubernetes job; must contain torchrec_lma with its dependencies
+        name: experiment/run
+        cpu: CPU cores per node
+        memMB: memory per node, in MB
+        h: named resource of a node, instead of cpu and memMB
+        env: environment variables, for example OMP_NUM_THREADS=4
+        max_retries: how often the scheduler restarts a failed job
+        mounts: mounts of a Docker or Kubernetes job, for example type=bind,src=/data,dst=/data,readonly
+        rdzv_port: port of the first node where the nodes of a multi-node job meet
+    """
+    return dist.ddp(
+        "allocate",
+        *args,
+        m="torchrec_lma.cli",
+        j=j,
+        image=image,
+        name=name,
+        cpu=cpu,
+        memMB=memMB,
+        h=h,
+        env=env,
+        max_retries=max_retries,
+        mounts=mounts,
+        rdzv_port=rdzv_port,
+    )
+
+
+def export(
+    *args: str,
+    image: str = torchx.IMAGE,
+    name: str = "lma-export",
+    cpu: int = 2,
+    memMB: int = 8192,
+    h: Optional[str] = None,
+    env: Optional[Dict[str, str]] = None,
+    max_retries: int = 0,
+    mounts: Optional[List[str]] = None,
+) -> specs.AppDef:
+    """Makes a quantized TorchScript model of a checkpoint, in one process: torchrec-lma export.
+
+    Args:
+        args: arguments of torchrec-lma export, after --
         image: image of a Docker or Kubernetes job; must contain torchrec_lma with its dependencies
         name: name of the job
         cpu: CPU cores
-        memMB: memory, in MB
+        memMB: memory, in MB; the model is there once in float and once quantized
         h: named resource, instead of cpu and memMB
         env: environment variables, for example OMP_NUM_THREADS=4
         max_retries: how often the scheduler restarts a failed job
         mounts: mounts of a Docker or Kubernetes job, for example type=bind,src=/data,dst=/data,readonly
     """
+    return _lma_command("export", args, image, name, cpu, memMB, h, env, max_retries, mounts)
+
+
+def serve(
+    *args: str,
+    port: int = 50051,
+    replicas: int = 1,
+    image: str = torchx.IMAGE,
+    name: str = "lma-serve",
+    cpu: int = 2,
+    memMB: int = 4096,
+    h: Optional[str] = None,
+    env: Optional[Dict[str, str]] = None,
+    max_retries: int = 3,
+    mounts: Optional[List[str]] = None,
+) -> specs.AppDef:
+    """Serves an exported model over gRPC: torchrec-lma serve.
+
+    Args:
+        args: the model and arguments of torchrec-lma serve, after --; in a container --host 0.0.0.0 is among them
+        port: of the service, which containers expose
+        replicas: servers, each on a machine or in a container of its own
+        image: image of a Docker or Kubernetes job; must contain torchrec_lma with its serve extra
+        name: name of the job
+        cpu: CPU cores of a server
+        memMB: memory of a server, in MB; a new model is loaded beside the old one
+        h: named resource, instead of cpu and memMB
+        env: environment variables, for example OMP_NUM_THREADS=1
+        max_retries: how often the scheduler restarts a failed server
+        mounts: mounts of a Docker or Kubernetes job, for example type=bind,src=/models,dst=/models,readonly
+    """
+    arguments = [*args, "--port", str(port)]
+    app = _lma_command("serve", arguments, image, name, cpu, memMB, h, env, max_retries, mounts)
+    app.roles[0].port_map = {"grpc": port}
+    app.roles[0].num_replicas = replicas
+    return app
+
+
+def _lma_command(
+    command: str,
+    args: Sequence[str],
+    image: str,
+    name: str,
+    cpu: int,
+    memMB: int,
+    h: Optional[str],
+    env: Optional[Dict[str, str]],
+    max_retries: int,
+    mounts: Optional[List[str]],
+) -> specs.AppDef:
+    """One process of ``torchrec-lma COMMAND``."""
     return specs.AppDef(
         name=name,
         roles=[
             specs.Role(
-                name="allocate",
+                name=command,
                 image=image,
                 entrypoint="python",
-                args=["-m", "torchrec_lma.cli", "allocate", *args],
+                args=["-m", "torchrec_lma.cli", command, *args],
                 env=env or {},
                 resource=specs.resource(cpu=cpu, memMB=memMB, h=h),
                 max_retries=max_retries,

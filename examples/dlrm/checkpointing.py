@@ -1,61 +1,252 @@
-"""Checkpoints of a training run: one folder for each epoch, written beside and renamed, the newest ones kept."""
+"""Checkpoints of a training run: folders that are whole or recognised as damaged, the newest ones kept."""
 
+import hashlib
 import json
+import logging
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 
-_PROGRESS = "progress.json"
+from torchrec_lma.datasets import Vocabulary
+
+PROGRESS = "progress.json"
+SETTINGS = "settings.json"
+VOCABULARY = "vocabulary.safetensors"
+MANIFEST = "manifest.json"
+_WRITING, _REPLACED = ".writing-", ".replaced-"
+_NAME = re.compile(r"epoch-(\d+)(?:-step-(\d+))?")
+
+logger = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """`folder/epoch-0001`, ...: model and optimizer by torch.distributed.checkpoint, and the run's progress as JSON.
+    """Folders `epoch-0001-step-00000500` (within epoch 1, 500 steps into the run) and `epoch-0001` (after it).
 
-    They load under any plan and world size. A folder without the prefix of a temporary name is complete.
+    Each holds the model and the optimizer, which load under any plan and world size, and the ranks' random states, all
+    written by torch.distributed.checkpoint; `progress.json`; `settings.json`; `vocabulary.safetensors` where there is
+    one; and, written last, `manifest.json` with the SHA-256 of every other file. A folder is written as
+    `.writing-<name>` and renamed, so what has a checkpoint's name was complete once; the manifest tells whether it
+    still is.
 
     Args:
         folder: on a file system that all ranks share.
-        keep: how many of the newest epochs to keep.
+        keep: how many of the newest checkpoints to keep, at least 1.
     """
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
+        if keep < 1:
+            raise ValueError(f"keep={keep} must be at least 1: the newest checkpoint is what a restart goes on from")
         self.folder = folder
         self.keep = keep
 
-    def newest(self) -> Path | None:
-        return max(self.folder.glob("epoch-*"), default=None)
+    def paths(self) -> list[Path]:
+        """The checkpoints, oldest first. Whether they are whole is not looked at: see `newest` and `damage`."""
+        return sorted(filter(_position, self.folder.glob("epoch-*")), key=_position)
 
-    def save(self, epoch: int, model: nn.Module, optimizer: CombinedOptimizer, progress: dict[str, Any]) -> Path:
-        """Collective. `progress` is JSON that `load` gives back."""
-        final = self.folder / f"epoch-{epoch:04d}"
-        writing = self.folder / f".writing-{final.name}"
-        if dist.get_rank() == 0:
-            for leftover in (writing, final):
-                shutil.rmtree(leftover, ignore_errors=True)
+    def newest(self) -> Path | None:
+        """The newest whole checkpoint, None if there never was one. Collective if there is a process group.
+
+        A damaged one is named in the log and renamed to `damaged-<name>`, and the one before it is looked at.
+
+        Raises ValueError when there are damaged checkpoints and no whole one.
+        """
+        if _rank() == 0:
+            for old in self.folder.glob(f"{_REPLACED}*"):  # its save was killed between two renames
+                if not (final := old.with_name(old.name.removeprefix(_REPLACED))).exists():
+                    os.replace(old, final)
+        for path in reversed(_from_rank_0(self.paths())):
+            problem = damage(path)
+            if problem is None:
+                return path
+            if _rank() == 0:
+                aside = path.with_name(f"damaged-{path.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                os.replace(path, aside)
+                logger.warning("checkpoint %s is damaged (%s): renamed to %s, not used", path, problem, aside.name)
+        damaged = _from_rank_0(sorted(path.name for path in self.folder.glob("damaged-*")))
+        if damaged:
+            raise ValueError(
+                f"no checkpoint in {self.folder} is whole, there are only {damaged}: restore one of them from a copy, "
+                "or remove them to start anew"
+            )
+        return None
+
+    def save(
+        self,
+        epoch: int,
+        step: int | None,
+        model: nn.Module,
+        optimizer: CombinedOptimizer,
+        progress: dict[str, Any],
+        settings: dict[str, Any],
+        vocabulary: Vocabulary | None = None,
+    ) -> Path:
+        """Writes a checkpoint and removes those that are not kept. Collective.
+
+        Args:
+            epoch: from 1.
+            step: steps done in all epochs; None after all of this one.
+            progress: JSON that `load` gives back.
+            settings: JSON that `read_settings` gives back: how to build the model again.
+            vocabulary: of full tables; `read_vocabulary` gives it back.
+        """
+        final = self.folder / (f"epoch-{epoch:04d}" + ("" if step is None else f"-step-{step:08d}"))
+        writing = self.folder / f"{_WRITING}{final.name}"
+        if _rank() == 0:
+            for leftover in self.folder.glob(f"{_WRITING}*"):  # of saves that were killed
+                shutil.rmtree(leftover)
             writing.mkdir(parents=True)
         dist.barrier()
-        dcp.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, checkpoint_id=writing)
-        if dist.get_rank() == 0:
-            (writing / _PROGRESS).write_text(json.dumps(progress))
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "random": _random_state()}
+        dcp.save(state, checkpoint_id=writing)
+        if _rank() == 0:
+            _write_json(writing / PROGRESS, progress)
+            _write_json(writing / SETTINGS, settings)
+            if vocabulary is not None:
+                vocabulary.save(writing / VOCABULARY)
+        dist.barrier()
+        digests = _digests(writing)
+        if _rank() == 0:
+            _write_json(writing / MANIFEST, {"sha256": digests})
+            if final.exists():
+                os.replace(final, self.folder / f"{_REPLACED}{final.name}")
             os.replace(writing, final)
-            for old in sorted(self.folder.glob("epoch-*"))[: -self.keep]:
+            _sync(self.folder)
+            for old in [*self.paths()[: -self.keep], *self.folder.glob(f"{_REPLACED}*")]:
                 shutil.rmtree(old)
         dist.barrier()
         return final
 
     def load(self, path: Path, model: nn.Module, optimizer: CombinedOptimizer) -> dict[str, Any]:
-        """Collective. Loads in place and returns the progress that was saved."""
+        """Loads in place and returns the progress that was saved. Collective.
+
+        A rank that the run did not have when it was saved keeps its own random state.
+        """
         for _, part in optimizer.optimizers:
             if isinstance(part, KeyedOptimizerWrapper):
                 part.init_state()  # Adam makes its state at the first step; there would be nothing to load into
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+        random = {name: state for name, state in _random_state().items() if f"random.{name}" in saved}
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "random": random}
         dcp.load(state, checkpoint_id=path)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        return json.loads((path / _PROGRESS).read_text())
+        _set_random_state(random)
+        return json.loads((path / PROGRESS).read_text())
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings that a checkpoint was saved with."""
+    return json.loads((path / SETTINGS).read_text())
+
+
+def read_vocabulary(path: Path) -> Vocabulary | None:
+    """The vocabulary that a checkpoint was saved with; None for tables that take raw or hashed ids."""
+    file = path / VOCABULARY
+    return Vocabulary.load(file) if file.exists() else None
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint, None if nothing is. A process group shares the work: collective then."""
+    manifest = _from_rank_0(_read_manifest(path))
+    if isinstance(manifest, str):
+        return manifest
+    found = _digests(path)
+    for name, digest in manifest.items():
+        if name not in found:
+            return f"{name} is missing"
+        if found[name] != digest:
+            return f"{name} has SHA-256 {found[name]}, {MANIFEST} says {digest}"
+    return None
+
+
+def _position(path: Path) -> tuple[int, float] | None:
+    """What sorts checkpoints; None for another name."""
+    match = _NAME.fullmatch(path.name)
+    return (int(match[1]), int(match[2]) if match[2] else float("inf")) if match else None
+
+
+def _read_manifest(path: Path) -> dict[str, str] | str:
+    """The SHA-256 of each file, or what is wrong with the manifest."""
+    try:
+        return dict(json.loads((path / MANIFEST).read_text())["sha256"])
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (ValueError, KeyError, TypeError) as error:
+        return f"{MANIFEST} cannot be read: {type(error).__name__}: {error}"
+
+
+def _digests(path: Path) -> dict[str, str]:
+    """SHA-256 of each file but the manifest, in hex; each rank reads a part of them."""
+    names = _from_rank_0(sorted(file.name for file in path.iterdir() if file.name != MANIFEST))
+    mine = {name: _sha256(path / name) for name in names[_rank() :: _world_size()]}
+    if not dist.is_initialized():
+        return mine
+    parts: list[dict[str, str]] = [{}] * _world_size()
+    dist.all_gather_object(parts, mine)
+    return {name: digest for part in parts for name, digest in part.items()}
+
+
+def _sha256(file: Path) -> str:
+    try:
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:  # a bad sector reads as damage, not as the end of the run
+        return f"unreadable ({error})"
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    with file.open("w") as stream:
+        json.dump(content, stream, indent=1)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _sync(folder: Path) -> None:
+    """Puts renames in `folder` on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _random_state() -> dict[str, torch.Tensor]:
+    """This rank's random states, under names of its own: what training draws from is torch's."""
+    state = {f"rank-{_rank()}-cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state[f"rank-{_rank()}-cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_random_state(state: dict[str, torch.Tensor]) -> None:
+    for name, value in state.items():
+        if name.endswith("-cpu"):
+            torch.set_rng_state(value)
+        else:
+            torch.cuda.set_rng_state(value)
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _from_rank_0(value: Any) -> Any:
+    """Rank 0's value on every rank: two ranks that look at a folder while it changes may see different things."""
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]

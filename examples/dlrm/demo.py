@@ -4,6 +4,7 @@
 
 Allocates from the training rows, trains both kinds of table with the same seeds on two ranks, prints a table of what
 they reach and what they cost, and leaves the runs' JSON records, `summary.json` and `auc_against_memory.png` in --out.
+Then it exports the first LMA model of the best epoch in INT8, serves it, and scores the test rows over gRPC.
 """
 
 import argparse
@@ -23,7 +24,8 @@ from matplotlib import pyplot as plt  # noqa: E402
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 COMPRESSION = 16
-DATA = ["--data", "movielens-100k", "--compression", str(COMPRESSION)]
+DATASET = ["--data", "movielens-100k"]
+DATA = [*DATASET, "--compression", str(COMPRESSION)]
 # Similarity finds nothing to gain among so few ids (see README), so all but the dedicated ids are hashed.
 ALLOCATION = ["--source", "none"]
 # Each kind with the optimizer and learning rate that reached the best validation AUC. Adagrad's steps shrink with the
@@ -50,11 +52,41 @@ def train(table: str, seed: int, out: Path) -> dict[str, Any]:
     checkpoints = out / f"{table}-seed{seed}"
     shutil.rmtree(checkpoints, ignore_errors=True)  # of an earlier demo; the trainer would refuse to mix them
     arguments = ["--table", table, "--seed", str(seed), "--json", str(record), *DATA, *TRAINING[table]]
-    arguments += ["--checkpoint-dir", str(checkpoints)]
+    arguments += ["--checkpoint-dir", str(checkpoints), "--keep", "10"]  # every epoch's: the best is served
     if table == "lma":
         arguments += [*ALLOCATION, "--allocation", str(out / "allocation.safetensors")]
     torchx("train", ["-j", "1x2"], arguments, out / f"{table}-seed{seed}.log")
     return json.loads(record.read_text())
+
+
+def export(checkpoint: Path, model: Path) -> None:
+    factory = f"{REPOSITORY}/examples/dlrm/serving.py:dlrm"
+    arguments = ["--checkpoint", str(checkpoint), "--model", factory, "--dtype", "int8", "--out", str(model)]
+    torchx("export", [], arguments, model.with_suffix(".export.log"))
+
+
+def score_over_grpc(model: Path) -> float:
+    """The AUC of the test rows as a server of the model predicts them."""
+    lma = [sys.executable, "-W", "ignore", "-m", "torchrec_lma.cli"]
+    log = model.with_suffix(".serve.log")
+    with log.open("w") as output:
+        server = subprocess.Popen([*lma, "serve", str(model), "--port", "0"], stderr=output, cwd=REPOSITORY)
+    try:
+        while not (serving := [line for line in log.read_text().splitlines() if '"event": "serving"' in line]):
+            if server.poll() is not None:
+                sys.exit(f"{log.read_text()}\ntorchrec-lma serve {model} ended")
+            time.sleep(0.1)
+        address = f"127.0.0.1:{json.loads(serving[0])['port']}"
+        # Strings were hashed to 64-bit ids, which do not fit the protocol's int32: --id-type.
+        predict = [*lma, "predict", "--address", address, *DATASET, "--rows", "test", "--id-type", "int64", "--auc"]
+        predict += ["--out", str(model.with_suffix(".predictions"))]
+        done = subprocess.run(predict, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+    finally:
+        server.terminate()
+        server.wait()
+    if done.returncode != 0:
+        sys.exit(f"{done.stderr}\n{' '.join(predict)}\nfailed")
+    return float(done.stderr.rpartition("AUC ")[2].split()[0])
 
 
 def summarise(runs: list[dict[str, Any]]) -> dict[str, float]:
@@ -139,6 +171,14 @@ def main() -> None:
     print_table(summary)
     (out / "summary.json").write_text(json.dumps(summary, indent=1))
     plot(runs, out / "auc_against_memory.png")
+
+    best = runs["lma"][0]["best"]
+    say("exporting the LMA model of seed 0 in INT8")
+    model = out / "lma-seed0.pt"
+    export(out / "lma-seed0" / f"epoch-{best['epoch']:04d}", model)
+    say(f"serving {model.stat().st_size:,} B over gRPC")
+    auc = score_over_grpc(model)
+    say(f"    test AUC over gRPC {auc:.4f}, the trainer's {best['test']['auc']:.4f}")
     say(f"records, summary.json and auc_against_memory.png are in {out}")
 
 

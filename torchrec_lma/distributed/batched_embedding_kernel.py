@@ -6,6 +6,7 @@ classes here expand the input and show weights and optimizer state in the logica
 builds on a kernel (sharded state_dict, fused optimizer, checkpoints) sees ordinary tables.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,6 +29,7 @@ from torchrec.distributed.batched_embedding_kernel import (
 )
 from torchrec.distributed.composable.table_batched_embedding_slice import TableBatchedEmbeddingSlice
 from torchrec.distributed.embedding_types import (
+    EmbeddingComputeKernel,
     GroupedEmbeddingConfig,
     ShardedEmbeddingTable,
     compute_kernel_to_embedding_location,
@@ -36,9 +38,16 @@ from torchrec.distributed.types import Shard, ShardedTensor, ShardedTensorMetada
 from torchrec.modules.embedding_configs import DataType, data_type_to_sparse_type
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from torchrec_lma.distributed.input_dist import OwnedChunks, rows_per_rank, sends_addresses
 from torchrec_lma.distributed.specs import LMASpecs
 from torchrec_lma.expansion import ChunkExpansion
 
+# A fused kernel's memory is on the device, or in host memory mapped into it (UVM), without or with a cache before it.
+FUSED_KERNELS = (
+    EmbeddingComputeKernel.FUSED,
+    EmbeddingComputeKernel.FUSED_UVM,
+    EmbeddingComputeKernel.FUSED_UVM_CACHING,
+)
 # FBGEMM's CPU kernels have these; the others raise deep inside its constructor.
 CPU_OPTIMIZERS = (OptimType.SGD, OptimType.EXACT_SGD, OptimType.EXACT_ADAGRAD, OptimType.EXACT_ROWWISE_ADAGRAD)
 # Every state of these is one value per weight or one per physical row, which is what the logical views know.
@@ -166,6 +175,7 @@ class _LMAKernel(BaseBatchedEmbeddingBag[Tensor]):
         self,
         config: GroupedEmbeddingConfig,
         specs: LMASpecs,
+        row_ranks: int,
         pg: dist.ProcessGroup | None,
         device: torch.device | None,
         sharding_type: ShardingType | None,
@@ -177,15 +187,16 @@ class _LMAKernel(BaseBatchedEmbeddingBag[Tensor]):
         # shapes, so theirs is skipped and the common base is initialised alone.
         BaseBatchedEmbeddingBag.__init__(self, config, pg, device, sharding_type)
         self._chunk_dim = specs.chunk_dim
-        expansions: list[ChunkExpansion] = []
+        expansions: list[ChunkExpansion | OwnedChunks] = []
         feature_table_map: list[int] = []
         for index, table in enumerate(config.embedding_tables):
-            expansion = _expansion(table, specs, device)
+            expansion = _expansion(table, specs, row_ranks, device)
             expansions.append(expansion)
             feature_table_map.extend([index] * (table.num_features() * expansion.n_chunks))
         # A plain list: the addressing belongs to the sharded module, and this kernel's state_dict is its weights.
         self._expansions = expansions
         self._n_chunks = [expansion.n_chunks for expansion in expansions]
+        self._n_chunks_of_feature = [e.n_chunks for e in expansions for _ in range(e.n_features)]
         self._feature_table_map = feature_table_map
 
     def _physical_shapes(self) -> list[tuple[int, int]]:
@@ -197,35 +208,83 @@ class _LMAKernel(BaseBatchedEmbeddingBag[Tensor]):
         vbe_output: Tensor | None = None,
         vbe_output_offsets: Tensor | None = None,
     ) -> Tensor:
-        """Pooled embeddings of the local shards, [B, sum of local_cols over features]."""
+        """Pooled embeddings of the local shards, [B, sum of local_cols over features].
+
+        With a variable batch size per feature (VBE) flat: [B, local_cols] for each feature of each rank, as FBGEMM's.
+        """
         indices, offsets, weights = self.expand(features)
-        return self.emb_module(indices=indices, offsets=offsets, per_sample_weights=weights)
+        allocated: dict[str, Tensor] = {}
+        if vbe_output is not None and vbe_output_offsets is not None:
+            repeats = torch.tensor(self._n_chunks_of_feature, device=vbe_output_offsets.device)
+            allocated["vbe_output"] = vbe_output
+            allocated["vbe_output_offsets"] = vbe_output_offsets.repeat_interleave(
+                repeats, dim=1, output_size=len(self._feature_table_map)
+            )
+        return self.emb_module(
+            indices=indices,
+            offsets=offsets,
+            per_sample_weights=weights,
+            batch_size_per_feature_per_rank=self._batch_sizes(features),
+            **allocated,
+        )
+
+    def _batch_sizes(self, features: KeyedJaggedTensor) -> list[list[int]] | None:
+        """What TBE is told of a VBE batch: a batch size for each of its features and each rank."""
+        if not features.variable_stride_per_key():
+            return None
+        # TBE has a feature for each chunk. The chunks of a bag are adjacent, all in the first of them, and the others
+        # are empty: so the output of a feature is [B * n_chunks, chunk_dim], which already is [B, local_cols].
+        batch_sizes: list[list[int]] = []
+        for n_chunks, per_rank in zip(self._n_chunks_of_feature, features.stride_per_key_per_rank()):
+            batch_sizes.append([n_chunks * batch_size for batch_size in per_rank])
+            batch_sizes.extend([[0] * len(per_rank)] * (n_chunks - 1))
+        return batch_sizes
 
     def expand(self, features: KeyedJaggedTensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """TBE's input: int64 indices [M], int64 offsets [F * n_chunks * B + 1], float weights [M] or None."""
-        lengths = features.lengths().view(len(features.keys()), -1)  # (F, B)
+        """TBE's input: int64 indices [M], int64 offsets [n_chunks * number of bags + 1], float weights [M] or None."""
+        vbe = features.variable_stride_per_key()
+        strides = features.stride_per_key()
+        bag_ends = [0, *itertools.accumulate(strides)]
+        id_ends = features.offset_per_key()
+        bags = features.lengths()
         weights = features.weights_or_none() if self._config.is_weighted else None
-        ends = features.offset_per_key()
         expanded, first = [], 0
         for expansion in self._expansions:
             end = first + expansion.n_features
-            ids = slice(ends[first], ends[end])
+            ids = features.values()[id_ends[first] : id_ends[end]]
+            own_bags = bags[bag_ends[first] : bag_ends[end]]
+            own_weights = weights[id_ends[first] : id_ends[end]] if weights is not None else None
             expanded.append(
-                expansion(features.values()[ids], lengths[first:end], weights[ids] if weights is not None else None)
+                expansion.ragged(ids, own_bags, strides[first:end], own_weights)
+                if vbe
+                else expansion(ids, own_bags.view(expansion.n_features, -1), own_weights)
             )
             first = end
-        indices, bags, all_weights = zip(*expanded)
-        offsets = torch.ops.fbgemm.asynchronous_complete_cumsum(torch.cat(bags).to(torch.int64))
+        indices, all_bags, all_weights = zip(*expanded)
+        offsets = torch.ops.fbgemm.asynchronous_complete_cumsum(torch.cat(all_bags).to(torch.int64))
         return torch.cat(indices), offsets, torch.cat(all_weights) if weights is not None else None
 
 
-def _expansion(table: ShardedEmbeddingTable, specs: LMASpecs, device: torch.device | None) -> ChunkExpansion:
-    row, col = table.local_metadata.shard_offsets if table.local_metadata is not None else (0, 0)  # None: replicated
+def _expansion(
+    table: ShardedEmbeddingTable, specs: LMASpecs, row_ranks: int, device: torch.device | None
+) -> ChunkExpansion | OwnedChunks:
+    """From what the table's input dist sends to the chunk rows of the local shard."""
+    addressing = specs.addressing[table.name]
+    first_row = table.local_metadata.shard_offsets[0] if table.local_metadata is not None else 0  # None: replicated
+    first_chunk, end_chunk = specs.chunks(table)
+    if sends_addresses(specs.row_wise_input, row_ranks, end_chunk - first_chunk):
+        block = rows_per_rank(addressing.rows, row_ranks)
+        if first_row % block != 0 and table.local_rows > 0:
+            raise ValueError(
+                f"{table.name!r} has a row shard that starts at row {first_row}, expected a multiple of {block}, its "
+                f"{addressing.rows} rows over {row_ranks} ranks; cut it evenly, or shard with row_wise_input='ids'"
+            )
+        return OwnedChunks(table.num_features(), end_chunk - first_chunk, block, device)
     return ChunkExpansion(
-        specs.addressing[table.name],
+        addressing,
         [specs.salt_of_feature[feature] for feature in table.feature_names],
-        chunks=(col // specs.chunk_dim, (col + table.local_cols) // specs.chunk_dim),
-        rows=(row, row + table.local_rows),
+        chunks=(first_chunk, end_chunk),
+        rows=(first_row, first_row + table.local_rows),
         device=device,
     )
 
@@ -237,13 +296,14 @@ class LMABatchedFusedEmbeddingBag(_LMAKernel, BatchedFusedEmbeddingBag):
         self,
         config: GroupedEmbeddingConfig,
         specs: LMASpecs,
+        row_ranks: int = 1,
         pg: dist.ProcessGroup | None = None,
         device: torch.device | None = None,
         sharding_type: ShardingType | None = None,
     ) -> None:
-        self._init_lma(config, specs, pg, device, sharding_type)
+        self._init_lma(config, specs, row_ranks, pg, device, sharding_type)
         fused_params = dict(config.fused_params or {})
-        _check_fused(specs.chunk_dim, fused_params, self._on_cpu)
+        _check_fused(specs.chunk_dim, fused_params, config.compute_kernel, self._on_cpu)
         weights_precision = data_type_to_sparse_type(config.data_type)
         fused_params.setdefault("cache_precision", weights_precision)
         embedding_specs = [
@@ -268,12 +328,32 @@ class LMABatchedFusedEmbeddingBag(_LMAKernel, BatchedFusedEmbeddingBag):
         self._optim = LMAFusedOptimizer(config, self._emb_module, specs.chunk_dim, pg)
         self.init_parameters()
 
+    def prefetch(self, features: KeyedJaggedTensor, forward_stream: torch.cuda.Stream | None) -> None:
+        """Brings the chunk rows of the next batch into the cache of a UVM_CACHING memory."""
+        if not self._emb_module.prefetch_pipeline:
+            raise ValueError(
+                "prefetching without fused_params['prefetch_pipeline'] = True gives wrong gradients (FBGEMM "
+                "evicts rows that the backward pass still needs); set it in the sharder's or the planner's fused_params"
+            )
+        indices, offsets, _ = self.expand(features)
+        self._emb_module.prefetch(
+            indices=indices,
+            offsets=offsets,
+            forward_stream=forward_stream,
+            batch_size_per_feature_per_rank=self._batch_sizes(features),
+        )
+
     # ShardedEmbeddingBagCollection registers these slices as `embedding_bags.<name>.weight`, and optimizer wrappers
     # find the fused optimizer on them. They must be [local_rows, local_cols], as the state_dict hooks assume.
     @property
     def _param_per_table(self) -> dict[str, TableBatchedEmbeddingSlice]:
         tbe = self._emb_module
-        storages = {EmbeddingLocation.HOST: tbe.weights_host, EmbeddingLocation.DEVICE: tbe.weights_dev}
+        storages = {
+            EmbeddingLocation.HOST: tbe.weights_host,
+            EmbeddingLocation.DEVICE: tbe.weights_dev,
+            EmbeddingLocation.MANAGED: tbe.weights_uvm,
+            EmbeddingLocation.MANAGED_CACHING: tbe.weights_uvm,
+        }
         slices = _table_slices(self, [storages[location] for _, _, location, _ in tbe.embedding_specs])
         for name, weight in slices.items():
             weight._in_backward_optimizers = [
@@ -293,11 +373,12 @@ class LMABatchedDenseEmbeddingBag(_LMAKernel, BatchedDenseEmbeddingBag):
         self,
         config: GroupedEmbeddingConfig,
         specs: LMASpecs,
+        row_ranks: int = 1,
         pg: dist.ProcessGroup | None = None,
         device: torch.device | None = None,
         sharding_type: ShardingType | None = None,
     ) -> None:
-        self._init_lma(config, specs, pg, device, sharding_type)
+        self._init_lma(config, specs, row_ranks, pg, device, sharding_type)
         self._emb_module = LMADenseTBE(
             self._n_chunks,
             self._physical_shapes(),
@@ -328,7 +409,11 @@ def _table_slices(kernel: _LMAKernel, storages: Sequence[Tensor]) -> dict[str, T
     return slices
 
 
-def _check_fused(chunk_dim: int, fused_params: Mapping[str, Any], on_cpu: bool) -> None:
+def _check_fused(
+    chunk_dim: int, fused_params: Mapping[str, Any], compute_kernel: EmbeddingComputeKernel, on_cpu: bool
+) -> None:
+    if on_cpu and compute_kernel is not EmbeddingComputeKernel.FUSED:
+        raise ValueError(f"compute kernel {compute_kernel.value!r} needs a CUDA device; choose 'fused' on a CPU")
     if chunk_dim % 4 != 0:
         raise ValueError(
             f"fused kernels take chunks of a multiple of 4 columns, got chunk_dim={chunk_dim}; choose such a one, "

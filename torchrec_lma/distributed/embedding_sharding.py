@@ -1,10 +1,10 @@
-"""TorchRec's shardings with LMA lookups: what is new is the lookup, and row-wise sharding's input dist."""
+"""TorchRec's shardings with LMA lookups: what is new is the lookup, and the input dist of row-wise shardings."""
 
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torchrec.distributed.embedding_lookup import GroupedPooledEmbeddingsLookup
 from torchrec.distributed.embedding_sharding import BaseEmbeddingLookup, BaseSparseFeaturesDist, EmbeddingShardingInfo
 from torchrec.distributed.embedding_types import (
@@ -15,23 +15,34 @@ from torchrec.distributed.embedding_types import (
 from torchrec.distributed.sharding.cw_sharding import CwPooledEmbeddingSharding
 from torchrec.distributed.sharding.dp_sharding import DpPooledEmbeddingSharding
 from torchrec.distributed.sharding.grid_sharding import GridPooledEmbeddingSharding
-from torchrec.distributed.sharding.rw_sharding import RwPooledEmbeddingSharding, RwSparseFeaturesDist
+from torchrec.distributed.sharding.rw_sharding import RwPooledEmbeddingSharding
 from torchrec.distributed.sharding.tw_sharding import TwPooledEmbeddingSharding
 from torchrec.distributed.sharding.twcw_sharding import TwCwPooledEmbeddingSharding
-from torchrec.distributed.sharding.twrw_sharding import TwRwPooledEmbeddingSharding, TwRwSparseFeaturesDist
-from torchrec.distributed.types import Awaitable, ShardingEnv, ShardingType
+from torchrec.distributed.sharding.twrw_sharding import TwRwPooledEmbeddingSharding
+from torchrec.distributed.types import ShardingEnv, ShardingType
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchrec_lma.distributed.batched_embedding_kernel import LMABatchedDenseEmbeddingBag, LMABatchedFusedEmbeddingBag
+from torchrec_lma.distributed.batched_embedding_kernel import (
+    FUSED_KERNELS,
+    LMABatchedDenseEmbeddingBag,
+    LMABatchedFusedEmbeddingBag,
+)
+from torchrec_lma.distributed.input_dist import LMARwSparseFeaturesDist, LMATwRwSparseFeaturesDist
 from torchrec_lma.distributed.specs import LMASpecs
 
 
 class LMAGroupedPooledEmbeddingsLookup(GroupedPooledEmbeddingsLookup):
-    """TorchRec's lookup with LMA kernels, chosen at the hook that the base class calls from its __init__."""
+    """TorchRec's lookup with LMA kernels, chosen at the hook that the base class calls from its __init__.
 
-    def __init__(self, specs: LMASpecs, **kwargs: Any) -> None:
-        # Past nn.Module's __setattr__, which works only after the base __init__ that already needs this.
+    Args:
+        specs: of the collection.
+        row_ranks: over how many ranks the rows of each memory are; the other arguments are the base class's.
+    """
+
+    def __init__(self, specs: LMASpecs, row_ranks: int, **kwargs: Any) -> None:
+        # Past nn.Module's __setattr__, which works only after the base __init__ that already needs these.
         self.__dict__["_lma_specs"] = specs
+        self.__dict__["_row_ranks"] = row_ranks
         super().__init__(**kwargs)
 
     def _create_embedding_kernel(
@@ -42,13 +53,29 @@ class LMAGroupedPooledEmbeddingsLookup(GroupedPooledEmbeddingsLookup):
         sharding_type: ShardingType | None,
         env: ShardingEnv | None,
     ) -> nn.Module:
-        if config.compute_kernel is EmbeddingComputeKernel.FUSED:
-            return LMABatchedFusedEmbeddingBag(config, self._lma_specs, pg, device, sharding_type)
+        if config.compute_kernel in FUSED_KERNELS:
+            return LMABatchedFusedEmbeddingBag(config, self._lma_specs, self._row_ranks, pg, device, sharding_type)
         if config.compute_kernel is EmbeddingComputeKernel.DENSE:
-            return LMABatchedDenseEmbeddingBag(config, self._lma_specs, pg, device, sharding_type)
+            return LMABatchedDenseEmbeddingBag(config, self._lma_specs, self._row_ranks, pg, device, sharding_type)
         raise ValueError(
-            f"compute kernel {config.compute_kernel.value!r} does not run on LMA tables; choose 'fused' or 'dense'"
+            f"compute kernel {config.compute_kernel.value!r} does not run on LMA tables; choose one of "
+            f"{[kernel.value for kernel in (*FUSED_KERNELS, EmbeddingComputeKernel.DENSE)]}"
         )
+
+    def prefetch(self, sparse_features: KeyedJaggedTensor, forward_stream: torch.cuda.Stream | None = None) -> None:
+        """As the base class's, but of the chunk rows that the kernels will read, not of raw ids."""
+        for kernel, features in zip(self._emb_modules, sparse_features.split(self._feature_splits)):
+            if kernel.config.compute_kernel is EmbeddingComputeKernel.FUSED_UVM_CACHING:
+                kernel.prefetch(features, forward_stream)
+
+    def _forward_with_vbe_merging(self, features_by_group: list[KeyedJaggedTensor], device: torch.device) -> Tensor:
+        # The base class lets the kernels of a VBE batch write into one output, which FBGEMM refuses on CPU; this is its
+        # own other way, which it takes on MTIA devices only.
+        if device.type == "cpu":
+            return self._merge_variable_batch_embeddings(
+                self._forward(features_by_group), self._vbe_splits(features_by_group)
+            )
+        return super()._forward_with_vbe_merging(features_by_group, device)
 
 
 class _LMASharding:
@@ -68,6 +95,9 @@ class _LMASharding:
     def _local_groups(self) -> list[GroupedEmbeddingConfig]:
         return self._grouped_embedding_configs
 
+    def _row_ranks(self) -> int:
+        return 1
+
     def create_lookup(
         self,
         device: torch.device | None = None,
@@ -76,6 +106,7 @@ class _LMASharding:
     ) -> BaseEmbeddingLookup:
         return LMAGroupedPooledEmbeddingsLookup(
             self._lma_specs,
+            self._row_ranks(),
             grouped_configs=self._local_groups(),
             pg=self._env.process_group,
             device=device if device is not None else self._device,
@@ -104,57 +135,53 @@ class LMADpPooledEmbeddingSharding(_LMASharding, DpPooledEmbeddingSharding):
     _scale_weight_gradients = False  # as the base class: DDP has divided the gradients already
 
 
-class LMARwSparseFeaturesDist(RwSparseFeaturesDist):
-    """Sends the raw ids of every feature to every rank; each keeps the chunks whose address it owns.
-
-    The base class buckets ids by row before it sends them, but an LMA id has a row for each chunk, on different ranks.
-    """
-
-    def forward(self, sparse_features: KeyedJaggedTensor) -> Awaitable[Awaitable[KeyedJaggedTensor]]:
-        # In the order of the base class's buckets: all features for rank 0, then for rank 1, ...
-        return self._dist(sparse_features.permute(list(range(self._num_features)) * self._world_size))
-
-
-class LMATwRwSparseFeaturesDist(TwRwSparseFeaturesDist):
-    """As LMARwSparseFeaturesDist, but to the ranks of the host that owns the memory."""
-
-    def forward(self, sparse_features: KeyedJaggedTensor) -> Awaitable[Awaitable[KeyedJaggedTensor]]:
-        # The base class's order of its buckets, all features for local rank 0, then for 1, ..., so that KJTAllToAll's
-        # staggered split fits; bucket i here is a copy of feature i mod n.
-        n_features = len(sparse_features.keys())
-        return self._dist(sparse_features.permute([bucket % n_features for bucket in self._sf_staggered_shuffle]))
-
-
 class LMARwPooledEmbeddingSharding(_LMASharding, RwPooledEmbeddingSharding):
-    """Row-wise: raw ids go to every rank, partial sums come back by reduce-scatter as TorchRec's do."""
+    """Row-wise: an input dist of its own, partial sums come back by reduce-scatter as TorchRec's do."""
 
     _sharding_type = ShardingType.ROW_WISE
+
+    def _row_ranks(self) -> int:
+        return self._world_size
 
     def create_input_dist(self, device: torch.device | None = None) -> BaseSparseFeaturesDist[KeyedJaggedTensor]:
         assert self._pg is not None
         return LMARwSparseFeaturesDist(
             pg=self._pg,
-            num_features=self._get_num_features(),
+            tables=[table for group in self._grouped_embedding_configs for table in group.embedding_tables],
+            specs=self._lma_specs,
             feature_hash_sizes=self._get_feature_hash_sizes(),
             device=device if device is not None else self._device,
         )
 
 
 class _LMATwRwSharding(_LMASharding):
-    """What table-row-wise and grid sharding share: an input dist within hosts, and groups kept by rank."""
+    """What table-row-wise and grid sharding share: an input dist within hosts, and groups kept by rank and host."""
 
     _sharding_type = ShardingType.TABLE_ROW_WISE  # as both base classes; MEAN is pooled as SUM
     _grouped_embedding_configs_per_rank: list[list[GroupedEmbeddingConfig]]
+    _grouped_embedding_configs_per_node: list[list[GroupedEmbeddingConfig]]
     _rank: int
+    _local_size: int
 
     def _local_groups(self) -> list[GroupedEmbeddingConfig]:
         return self._grouped_embedding_configs_per_rank[self._rank]
 
+    def _row_ranks(self) -> int:
+        return self._local_size
+
     def create_input_dist(self, device: torch.device | None = None) -> BaseSparseFeaturesDist[KeyedJaggedTensor]:
+        assert self._env.process_group is not None
         return LMATwRwSparseFeaturesDist(
             pg=self._env.process_group,
-            local_size=self._intra_pg.size(),  # type: ignore[attr-defined]  # of the sharding beside this mixin
-            features_per_rank=self._features_per_rank(  # type: ignore[attr-defined]
+            tables=[
+                table
+                for groups in self._grouped_embedding_configs_per_node
+                for group in groups
+                for table in group.embedding_tables
+            ],
+            specs=self._lma_specs,
+            local_size=self._local_size,
+            features_per_rank=self._features_per_rank(  # type: ignore[attr-defined]  # of the sharding beside this mixin
                 self._grouped_embedding_configs_per_rank
             ),
             feature_hash_sizes=self._get_feature_hash_sizes(),  # type: ignore[attr-defined]

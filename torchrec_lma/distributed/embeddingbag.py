@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 from torchrec.distributed.embedding_sharding import EmbeddingSharding, EmbeddingShardingInfo
-from torchrec.distributed.embedding_types import KJTList
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel, KJTList
 from torchrec.distributed.embeddingbag import (
     EmbeddingBagCollectionContext,
     EmbeddingBagCollectionSharder,
@@ -26,6 +26,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_lma.addressing import Addressing
 from torchrec_lma.allocation import Allocation
+from torchrec_lma.distributed.batched_embedding_kernel import FUSED_KERNELS
 from torchrec_lma.distributed.embedding_sharding import (
     LMACwPooledEmbeddingSharding,
     LMADpPooledEmbeddingSharding,
@@ -35,8 +36,8 @@ from torchrec_lma.distributed.embedding_sharding import (
     LMATwPooledEmbeddingSharding,
     LMATwRwPooledEmbeddingSharding,
 )
-from torchrec_lma.distributed.specs import LMASpecs
-from torchrec_lma.features import check_features, normalize_weights
+from torchrec_lma.distributed.specs import LMASpecs, RowWiseInput
+from torchrec_lma.features import check_features, normalize_weights, permute, reorder_inverse_indices
 from torchrec_lma.hashing import table_salt
 from torchrec_lma.memory_report import MemoryReport, report_memory
 from torchrec_lma.modules import LMAEmbeddingBagCollection
@@ -50,6 +51,9 @@ _SHARDINGS = {
     ShardingType.TABLE_ROW_WISE.value: LMATwRwPooledEmbeddingSharding,
     ShardingType.GRID_SHARD.value: LMAGridPooledEmbeddingSharding,
 }
+
+# Grid's output dist has no VBE, and FBGEMM's dense kernel has none on CPU.
+_WITHOUT_VBE = (ShardingType.GRID_SHARD.value, ShardingType.DATA_PARALLEL.value)
 
 _SUM_BEFORE_MEAN = (ShardingType.ROW_WISE.value, ShardingType.TABLE_ROW_WISE.value, ShardingType.GRID_SHARD.value)
 
@@ -76,7 +80,13 @@ class ShardedLMAEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         qcomm_codecs_registry: dict[str, QuantizedCommCodecs] | None = None,
         module_fqn: str | None = None,
         sharded_module_order_overwrite: list[str] | None = None,
+        row_wise_input: RowWiseInput = "auto",
     ) -> None:
+        if env.output_dtensor:
+            raise ValueError(
+                "LMA memories have their optimizer state per chunk as ShardedTensors and not as DTensors, which 2D "
+                "parallelism (DMPCollection) and ShardingEnv(output_dtensor=True) need; use DistributedModelParallel"
+            )
         _check_column_shards(table_name_to_parameter_sharding, module.config.chunk_dim)
         addressing = Addressing(module.allocation).to(device)
         # Past nn.Module's __setattr__: the base __init__ creates the lookups, which need this, and registers nothing.
@@ -84,6 +94,7 @@ class ShardedLMAEmbeddingBagCollection(ShardedEmbeddingBagCollection):
             addressing,
             module.config.chunk_dim,
             {feature: table_salt(module.config.seed, table) for feature, table in module.table_of_feature.items()},
+            row_wise_input,
         )
         super().__init__(
             module,
@@ -103,6 +114,12 @@ class ShardedLMAEmbeddingBagCollection(ShardedEmbeddingBagCollection):
             summed = table_name_to_parameter_sharding[memory_config.name].sharding_type in _SUM_BEFORE_MEAN
             pooling = memory_config.pooling if summed else PoolingType.SUM
             self._pooling_type_to_rs_features[pooling.value].extend(memory_config.feature_names)
+        self._batch_keys: list[str] = []  # of the first batch
+        self._has_inverse_permutation = False
+        self._has_dense_kernel = any(
+            sharding.compute_kernel == EmbeddingComputeKernel.DENSE.value
+            for sharding in table_name_to_parameter_sharding.values()
+        )
         self._has_mean_pooling_callback = PoolingType.MEAN.value in self._pooling_type_to_rs_features
         self._allocation = module.allocation
         self._weighted_mean_features = module.weighted_mean_features
@@ -138,6 +155,8 @@ class ShardedLMAEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         self, ctx: EmbeddingBagCollectionContext, features: KeyedJaggedTensor
     ) -> Awaitable[Awaitable[KJTList]]:
         check_features(features, self._lma_specs.salt_of_feature)
+        if not self._has_uninitialized_input_dist and features.keys() != self._batch_keys:
+            features = permute(features, self._batch_keys)  # TorchRec keeps the order of the first batch
         if self._is_weighted:
             features = normalize_weights(features, self._weighted_mean_features)
         self.addressing.check_not_overwritten()
@@ -145,8 +164,27 @@ class ShardedLMAEmbeddingBagCollection(ShardedEmbeddingBagCollection):
             # What the base class does on the first batch, less its warning that ids are not below num_embeddings.
             self._create_input_dist(features.keys())
             self._has_uninitialized_input_dist: bool = False
+            self._batch_keys = list(features.keys())
+            self._inverse_order = [features.keys()[i] for i in self._features_order] or features.keys()
             if self._has_mean_pooling_callback:
                 self._init_mean_pooling_callback(features.keys(), None)
+        if features.variable_stride_per_key():
+            if without := sorted(set(self._sharding_types) & set(_WITHOUT_VBE)):
+                raise ValueError(
+                    f"a variable batch size per feature (VBE) does not run under {without} sharding, neither here nor "
+                    f"for TorchRec 1.8.0's own tables; shard LMA memories with {sorted(set(_SHARDINGS) - set(without))}"
+                )
+            if self._has_dense_kernel:
+                raise ValueError(
+                    "a variable batch size per feature (VBE) does not run on the dense kernel (FBGEMM's is wrong on "
+                    "CPU); shard LMA memories with the fused one"
+                )
+            # TorchRec 1.8.0 takes the divisors of MEAN pooling after a reduce-scatter from lengths in the order of the
+            # shardings' features, and inverse indices in the batch's own. Here they are in one order.
+            features = reorder_inverse_indices(features, self._inverse_order)
+            if not self._has_inverse_permutation:
+                self._create_inverse_indices_permute_indices(features.inverse_indices())
+                self._has_inverse_permutation = True
         return super().input_dist(ctx, features)
 
     def memory_report(self) -> MemoryReport:
@@ -155,7 +193,7 @@ class ShardedLMAEmbeddingBagCollection(ShardedEmbeddingBagCollection):
             self._allocation,
             {
                 info.embedding_config.name: (info.fused_params or {}).get("optimizer")
-                if info.param_sharding.compute_kernel == "fused"
+                if info.param_sharding.compute_kernel != EmbeddingComputeKernel.DENSE.value
                 else None
                 for infos in self.sharding_type_to_sharding_infos.values()
                 for info in infos
@@ -177,7 +215,8 @@ def _check_column_shards(plan: dict[str, ParameterSharding], chunk_dim: int) -> 
                 raise ValueError(
                     f"{name!r} has a shard of columns {shard.shard_offsets[1]} to "
                     f"{shard.shard_offsets[1] + shard.shard_sizes[1]}, which cuts a chunk of {chunk_dim} columns; plan "
-                    f"with ParameterConstraints(min_partition=<a multiple of {chunk_dim}>)"
+                    "with LMAEmbeddingShardingPlanner, or with "
+                    f"ParameterConstraints(min_partition=<a multiple of {chunk_dim}>)"
                 )
 
 
@@ -187,12 +226,24 @@ class LMAEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
     Args:
         fused_params: as EmbeddingBagCollectionSharder's, passed to FBGEMM (optimizer, learning_rate, ...).
         qcomm_codecs_registry: as there.
+        row_wise_input: what row-wise, table-row-wise and grid sharding send: "ids", the raw ids to each rank that has
+            rows of the memory; "addresses", each chunk's row to the rank that owns it; "auto", whichever is fewer: raw
+            ids if those ranks are no more than the chunks of the shard. Weights are the same either way.
 
     Example::
 
         sharders = [*torchrec.distributed.sharding_plan.get_default_sharders(), LMAEmbeddingBagCollectionSharder()]
         model = DistributedModelParallel(model, sharders=sharders)
     """
+
+    def __init__(
+        self,
+        fused_params: dict[str, Any] | None = None,
+        qcomm_codecs_registry: dict[str, QuantizedCommCodecs] | None = None,
+        row_wise_input: RowWiseInput = "auto",
+    ) -> None:
+        super().__init__(fused_params, qcomm_codecs_registry)
+        self.row_wise_input = row_wise_input
 
     def shard(
         self,
@@ -211,6 +262,7 @@ class LMAEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
             qcomm_codecs_registry=self.qcomm_codecs_registry,
             module_fqn=module_fqn,
             sharded_module_order_overwrite=self._sharded_module_order_overwrite,
+            row_wise_input=self.row_wise_input,
         )
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
@@ -218,7 +270,11 @@ class LMAEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
         return list(_SHARDINGS)
 
     def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
-        return ["dense"] if sharding_type == ShardingType.DATA_PARALLEL.value else ["fused"]
+        """Data-parallel: dense. Else fused, on CUDA also in UVM with or without a cache."""
+        if sharding_type == ShardingType.DATA_PARALLEL.value:
+            return [EmbeddingComputeKernel.DENSE.value]
+        kernels = FUSED_KERNELS if compute_device_type == "cuda" else FUSED_KERNELS[:1]
+        return [kernel.value for kernel in kernels]
 
     @property
     def module_type(self) -> type[LMAEmbeddingBagCollection]:

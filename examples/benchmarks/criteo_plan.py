@@ -1,0 +1,216 @@
+"""Does a DLRM for Criteo's Terabyte logs fit on these devices? A sharding plan for full and for LMA tables.
+
+Only plans: the model is on the meta device, no table is allocated and no GPU is needed. An allocation with signatures
+takes a share of LMA's budget, and every device holds all of it; here it is a number of bytes, not built. The sizes of
+the 26 tables are published ones:
+
+* unclipped: every value of the 24 days that occurs has a row, 882,774,559 together (the cardinalities used by NVIDIA's,
+  OneFlow's and Hetu's DLRM examples).
+* mlperf_v2: hashed to at most 40 million rows, MLPerf Training's DLRM-DCNv2 (and TorchRec's example for it).
+
+    python examples/benchmarks/criteo_plan.py                              # 8 devices of 40 GB
+    python examples/benchmarks/criteo_plan.py --uvm                        # tables may lie in host memory
+    python examples/benchmarks/criteo_plan.py --sizes mlperf_v2 --optimizer adagrad --devices 4
+"""
+
+import argparse
+import json
+import logging
+import os
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchrec.distributed.planner import ParameterConstraints, Topology
+from torchrec.distributed.planner.types import PlannerError, ShardingOption, Stats
+from torchrec.distributed.types import PipelineType
+from torchrec.models.dlrm import DLRM
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.optim import RowWiseAdagrad
+from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
+
+from torchrec_lma import (
+    AllocationBuilder,
+    LMAConfig,
+    LMAEmbeddingBagCollection,
+    LMAEmbeddingShardingPlanner,
+    get_default_sharders,
+)
+from torchrec_lma.distributed import LMAEmbeddingStats
+from torchrec_lma.text_table import text_table
+
+# fmt: off
+SIZES = {
+    "unclipped": [
+        227605432, 39060, 17295, 7424, 20265, 3, 7122, 1543, 63, 130229467, 3067956, 405282, 10, 2209, 11938, 155, 4,
+        976, 14, 292775614, 40790948, 187188510, 590152, 12973, 108, 36,
+    ],
+    "mlperf_v2": [
+        40000000, 39060, 17295, 7424, 20265, 3, 7122, 1543, 63, 40000000, 3067956, 405282, 10, 2209, 11938, 155, 4,
+        976, 14, 40000000, 40000000, 40000000, 590152, 12973, 108, 36,
+    ],
+}
+# fmt: on
+OPTIMIZERS = {
+    "sgd": torch.optim.SGD,
+    "rowwise-adagrad": RowWiseAdagrad,
+    "adagrad": torch.optim.Adagrad,
+    "adam": torch.optim.Adam,
+}
+GB = 2**30  # as TorchRec's planner prints it
+META = torch.device("meta")
+
+
+class Plan(Stats):
+    """What the planner chose: the tables' bytes on each rank and the sharding types."""
+
+    options: list[ShardingOption]
+
+    def log(self, *args: Any, best_plan: list[ShardingOption], **kwargs: Any) -> None:
+        self.options = best_plan
+
+    def bytes_by_rank(self, kind: str, ranks: int) -> list[int]:
+        result = [0] * ranks
+        for option in self.options:
+            for shard in option.shards:
+                result[shard.rank] += getattr(shard.storage, kind)
+        return result
+
+    def shardings(self) -> dict[str, int]:
+        return dict(Counter(f"{option.sharding_type}, {option.compute_kernel}" for option in self.options))
+
+
+def allocation_bytes(args: argparse.Namespace) -> int:
+    return int(sum(SIZES[args.sizes]) * args.dim * 4 / args.compression * args.allocation_fraction)
+
+
+def make_model(args: argparse.Namespace, kind: str) -> DLRM:
+    tables = [
+        EmbeddingBagConfig(name=f"t_{i}", num_embeddings=size, embedding_dim=args.dim, feature_names=[f"cat_{i}"])
+        for i, size in enumerate(SIZES[args.sizes])
+    ]
+    if kind == "lma":
+        budget = sum(SIZES[args.sizes]) * args.dim * 4 / args.compression
+        config = LMAConfig(memory_bytes=int(budget) - allocation_bytes(args), chunk_dim=args.chunk_dim)
+        ebc: EmbeddingBagCollection = LMAEmbeddingBagCollection(tables, config, device=META)
+    else:
+        ebc = EmbeddingBagCollection(tables=tables, device=META)
+    apply_optimizer_in_backward(OPTIMIZERS[args.optimizer], ebc.parameters(), {"lr": 0.01})
+    return DLRM(
+        ebc,
+        dense_in_features=13,
+        dense_arch_layer_sizes=[512, 256, args.dim],
+        over_arch_layer_sizes=[1024, 1024, 512, 256, 1],
+        dense_device=META,
+    )
+
+
+def plan(args: argparse.Namespace, kind: str) -> dict[str, Any]:
+    model = make_model(args, kind)
+    collection = model.sparse_arch.embedding_bag_collection
+    kernels = None if args.uvm else ["fused", "dense"]
+    constraints = {
+        table.name: ParameterConstraints(compute_kernels=kernels) for table in collection.embedding_bag_configs()
+    }
+    found = Plan()
+    held_bytes = allocation_bytes(args) if kind == "lma" else 0  # on every device
+    planner = LMAEmbeddingShardingPlanner(
+        topology=Topology(
+            world_size=args.devices,
+            local_world_size=min(args.devices, 8),
+            compute_device="cuda",
+            hbm_cap=int(args.device_gb * GB) - held_bytes,
+            ddr_cap=int(args.host_gb * GB),
+        ),
+        batch_size=args.batch_size,
+        constraints=constraints,
+        pipeline_type=PipelineType.TRAIN_SPARSE_DIST,
+        stats=[found, LMAEmbeddingStats()],
+    )
+    weight_bytes = sum(p.nbytes for p in collection.parameters())
+    result: dict[str, Any] = {
+        "tables": kind,
+        "weight_bytes": weight_bytes,
+        "allocation_bytes": held_bytes,
+        "fits": True,
+    }
+    try:
+        planner.plan(model, get_default_sharders())
+    except PlannerError as error:
+        return result | {"fits": False, "error": str(error).split("\n")[0].strip()}
+    device_bytes = [held_bytes + nbytes for nbytes in found.bytes_by_rank("hbm", args.devices)]
+    return result | {
+        "fits": True,
+        "device_bytes": device_bytes,
+        "host_bytes": sum(found.bytes_by_rank("ddr", args.devices)),
+        "shardings": found.shardings(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", choices=SIZES, default="unclipped", help="of the tables (default: %(default)s)")
+    parser.add_argument("--dim", type=int, default=128, help="of the embeddings (default: %(default)s)")
+    parser.add_argument("--compression", type=float, default=16, help="of LMA (default: %(default)s)")
+    parser.add_argument("--chunk-dim", type=int, default=4, help="of LMA (default: %(default)s)")
+    parser.add_argument(
+        "--allocation-fraction",
+        type=float,
+        default=AllocationBuilder.SIGNATURE_FRACTION,
+        help="of LMA's budget, for signatures; 0 hashes every id (default: %(default)s, AllocationBuilder's)",
+    )
+    parser.add_argument(
+        "--optimizer", choices=OPTIMIZERS, default="rowwise-adagrad", help="of the tables (default: %(default)s)"
+    )
+    parser.add_argument("--devices", type=int, default=8, help="8 on a host (default: %(default)s)")
+    parser.add_argument("--device-gb", type=float, default=40, help="memory of a device, 2^30 (default: %(default)s)")
+    parser.add_argument("--host-gb", type=float, default=128, help="host memory per device (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=8192, help="rows on each device (default: %(default)s)")
+    parser.add_argument("--uvm", action="store_true", help="tables may lie in host memory (UVM, with or without cache)")
+    parser.add_argument("--show-plan", action="store_true", help="print the planner's own tables too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the record there")
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torchrec")
+    logging.getLogger("torchrec").setLevel(logging.ERROR)  # remarks on topologies and dry runs
+    if args.show_plan:
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("torchrec.distributed.planner.stats").setLevel(logging.INFO)
+
+    results = [plan(args, kind) for kind in ("full", "lma")]
+    sizes = SIZES[args.sizes]
+    print(
+        f"{sum(sizes):,} rows of dim {args.dim} in {len(sizes)} tables, {args.optimizer}, {args.devices} devices of "
+        f"{args.device_gb:g} GB, {args.batch_size} rows on each; LMA at {args.compression:g}x, chunks of "
+        f"{args.chunk_dim}. GB are 2^30 bytes."
+    )
+    print(
+        text_table(
+            ["tables", "plan", "weights", "allocation", "on a device", "on hosts"],
+            [
+                [
+                    result["tables"],
+                    ", ".join(f"{n} x {s}" for s, n in result["shardings"].items()) if result["fits"] else "none found",
+                    f"{result['weight_bytes'] / GB:.2f} GB",
+                    f"{result['allocation_bytes'] / GB:.2f} GB",
+                    "{:.2f} to {:.2f} GB".format(min(result["device_bytes"]) / GB, max(result["device_bytes"]) / GB)
+                    if result["fits"]
+                    else "-",
+                    f"{result['host_bytes'] / GB:.2f} GB" if result["fits"] else "-",
+                ]
+                for result in results
+            ],
+            left=2,
+        )
+    )
+    if args.json is not None:
+        record = {"arguments": vars(args) | {"json": str(args.json)}, "results": results}
+        temporary = args.json.with_name(f".{args.json.name}.tmp")
+        temporary.write_text(json.dumps(record, indent=1))
+        os.replace(temporary, args.json)
+
+
+if __name__ == "__main__":
+    main()

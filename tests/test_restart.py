@@ -1,0 +1,508 @@
+"""Restart: an interrupted run ends in the bits of an undisturbed one, and damaged checkpoints are not used.
+
+The slow tests run the DLRM example under torchrun on two gloo ranks and send real signals to it.
+"""
+
+import importlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.distributed as dist
+from faulty_train import Fault
+from torch import nn
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
+
+import torchx_components.lma as lma
+from torchrec_lma.datasets import Vocabulary
+
+checkpointing = importlib.import_module("checkpointing")  # faulty_train has put their folder on the path
+train = importlib.import_module("train")
+Checkpoints = checkpointing.Checkpoints
+
+FAULTY_TRAIN = Path(__file__).with_name("faulty_train.py")
+ROWS, BATCH_SIZE, EPOCHS, EVERY = 2000, 40, 2, 5
+STEPS = 20  # of an epoch on two ranks: 80% of the rows are the training split
+
+
+# --- Checkpoints in this process -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+class Small:
+    """A model and its optimizer, which changes with every step."""
+
+    def __init__(self, seed: int) -> None:
+        torch.manual_seed(seed)
+        self.model = nn.Linear(3, 2)
+        parameters = dict(self.model.named_parameters())
+        self.optimizer = CombinedOptimizer([KeyedOptimizerWrapper(parameters, lambda p: torch.optim.Adam(p, lr=0.1))])
+
+    def step(self) -> None:
+        self.optimizer.zero_grad()
+        self.model(torch.rand(4, 3)).square().sum().backward()
+        self.optimizer.step()
+
+    def save(self, checkpoints: Any, epoch: int, step: int | None, **more: Any) -> Path:
+        return checkpoints.save(
+            epoch, step, self.model, self.optimizer, {"epoch": epoch, "step": step}, {"arguments": {}}, **more
+        )
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_checkpoints_sort_by_what_was_done_and_the_newest_are_kept(tmp_path: Path) -> None:
+    small, checkpoints = Small(0), Checkpoints(tmp_path, keep=3)
+    (tmp_path / "epoch-of-mine").mkdir()  # not a checkpoint, not ours to remove
+    for epoch, step in ((1, 500), (1, 1000), (1, None), (2, 20), (2, 100)):
+        small.save(checkpoints, epoch, step)
+    expected = ["epoch-0001", "epoch-0002-step-00000020", "epoch-0002-step-00000100"]
+    assert [path.name for path in checkpoints.paths()] == expected
+    assert names(tmp_path) == [*expected, "epoch-of-mine"]
+    assert checkpoints.newest() == checkpoints.paths()[-1]
+
+
+def test_an_empty_or_absent_folder_has_no_newest_checkpoint(tmp_path: Path) -> None:
+    assert Checkpoints(tmp_path / "absent").newest() is None
+
+
+def test_keep_must_leave_a_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="keep=0"):
+        Checkpoints(tmp_path, keep=0)
+
+
+def test_loading_brings_back_every_bit_and_the_random_state(tmp_path: Path) -> None:
+    checkpoints, saved, loaded = Checkpoints(tmp_path), Small(0), Small(1)
+    saved.step()
+    path = saved.save(checkpoints, 1, 7)
+    saved.step()  # draws from the random state
+    progress = checkpoints.load(path, loaded.model, loaded.optimizer)
+    loaded.step()
+    assert progress == {"epoch": 1, "step": 7}
+    for mine, theirs in zip(loaded.model.parameters(), saved.model.parameters()):
+        assert torch.equal(mine, theirs)
+    mine, theirs = loaded.optimizer.state_dict()["state"], saved.optimizer.state_dict()["state"]
+    assert mine.keys() == theirs.keys() and mine
+    for name in mine:
+        for key, value in theirs[name].items():
+            assert torch.equal(torch.as_tensor(mine[name][key]), torch.as_tensor(value)), (name, key)
+
+
+def test_settings_and_vocabulary_come_back(tmp_path: Path) -> None:
+    path = Small(0).save(Checkpoints(tmp_path), 1, None, vocabulary=Vocabulary({"user": np.array([7, -3, 2**60])}))
+    assert checkpointing.read_settings(path) == {"arguments": {}}
+    assert checkpointing.read_vocabulary(path)._rows("user", torch.tensor([2**60, 5, -3, 7])).tolist() == [3, 0, 1, 2]
+    assert checkpointing.read_vocabulary(Small(0).save(Checkpoints(tmp_path), 2, None)) is None
+
+
+def truncate(path: Path) -> str:
+    (file,) = path.glob("*.distcp")
+    os.truncate(file, file.stat().st_size - 1)
+    return file.name
+
+
+def flip_a_bit(path: Path) -> str:
+    (file,) = path.glob("*.distcp")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    return file.name
+
+
+def remove_metadata(path: Path) -> str:
+    (path / ".metadata").unlink()
+    return ".metadata is missing"
+
+
+def remove_manifest(path: Path) -> str:
+    (path / "manifest.json").unlink()
+    return "manifest.json is missing"
+
+
+def cut_manifest(path: Path) -> str:
+    os.truncate(path / "manifest.json", 40)
+    return "manifest.json cannot be read"
+
+
+def change_progress(path: Path) -> str:
+    (path / "progress.json").write_text("{}")
+    return "progress.json has SHA-256"
+
+
+@pytest.mark.parametrize(
+    "harm", [truncate, flip_a_bit, remove_metadata, remove_manifest, cut_manifest, change_progress]
+)
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(
+    tmp_path: Path, harm: Callable[[Path], str], caplog: pytest.LogCaptureFixture
+) -> None:
+    small, checkpoints = Small(0), Checkpoints(tmp_path)
+    whole, damaged = small.save(checkpoints, 1, 5), small.save(checkpoints, 1, 10)
+    assert checkpointing.damage(whole) is None and checkpointing.damage(damaged) is None
+    problem = harm(damaged)
+    assert checkpoints.newest() == whole
+    assert str(damaged) in caplog.text and problem in caplog.text
+    assert names(tmp_path) == ["damaged-epoch-0001-step-00000010", whole.name]
+    small.save(checkpoints, 1, 10)  # the run comes by again
+    assert checkpoints.newest() == damaged
+
+
+def test_a_run_does_not_start_anew_where_all_checkpoints_are_damaged(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    truncate(Small(0).save(checkpoints, 1, 5))
+    for _ in range(2):  # nor when it is tried again
+        with pytest.raises(ValueError, match=r"damaged-epoch-0001-step-00000005.*remove them"):
+            checkpoints.newest()
+
+
+@pytest.mark.parametrize("calls", [0, 1, 2])
+@pytest.mark.parametrize("stage", ["dcp.save", "_write_json", "_digests", "os.replace"])
+@pytest.mark.parametrize("step", [5, 10])  # over the same name, and under another
+def test_a_save_that_is_cut_short_leaves_a_whole_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, calls: int, step: int
+) -> None:
+    class Cut(Exception):
+        pass
+
+    small, checkpoints, left = Small(0), Checkpoints(tmp_path, keep=1), calls
+    before = small.save(checkpoints, 1, 5)
+    module, _, function = f"checkpointing.{stage}".rpartition(".")
+    uncut = getattr(sys.modules.get(module) or getattr(checkpointing, module.rpartition(".")[2]), function)
+
+    def cut(*args: Any, **options: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise Cut
+        return uncut(*args, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(f"checkpointing.{stage}", cut)
+        try:
+            small.save(checkpoints, 1, step)
+        except Cut:
+            expected = before
+        else:  # there were no more calls to cut
+            expected = checkpoints.paths()[-1]
+    assert Checkpoints(tmp_path).newest() == expected
+    after = small.save(checkpoints, 1, 10)
+    assert checkpoints.newest() == after
+    assert names(tmp_path) == [after.name]  # what the cut save left is gone
+
+
+# --- the trainer's parts -------------------------------------------------------------------------------------------
+
+
+def test_other_settings_are_refused_by_name() -> None:
+    then = {"arguments": {"dim": 8, "lr": 0.1, "epochs": 1, "data": "a"}, "train_rows": 80}
+    now = {"arguments": {"dim": 8, "lr": 0.1, "epochs": 2, "data": "b", "new_option": 1}, "train_rows": 80}
+    train.check_settings(then, now, Path("epoch-0001"))
+    now["arguments"]["lr"], now["arguments"]["dim"], now["train_rows"] = 0.2, 16, 90
+    with pytest.raises(ValueError, match=r"--dim was 8, now 16; --lr was 0.1, now 0.2; --data had 80 rows .* now 90"):
+        train.check_settings(then, now, Path("epoch-0001"))
+
+
+def test_another_world_size_goes_on_at_the_same_share_of_the_epoch() -> None:
+    progress = train.Progress(steps_per_epoch=40, epoch=3, step=10, steps=90, loss_sum=5.0)
+    moved = progress.with_steps_per_epoch(80)
+    assert (moved.epoch, moved.step, moved.loss_sum) == (3, 20, 10.0)
+    assert progress.with_steps_per_epoch(40) is progress
+
+
+def test_tables_keep_their_sharding_types_and_their_kind_of_optimizer() -> None:
+    trained = {
+        "world_size": 1,
+        "plan": {"memory_8": {"sharding_type": "row_wise"}, "memory_16": {"sharding_type": "data_parallel"}},
+    }
+    assert train._types_again(trained, "memory_8", None) == ["row_wise"]
+    assert train._types_again(trained, "memory_8", ["column_wise", "data_parallel"]) == ["column_wise"]
+    elsewhere = {**trained, "world_size": 4}
+    assert "column_wise" in train._types_again(elsewhere, "memory_8", None)
+    assert "data_parallel" not in train._types_again(elsewhere, "memory_8", None)
+    assert train._types_again(elsewhere, "memory_16", None) == ["data_parallel"]
+    with pytest.raises(ValueError, match="memory_16 was data_parallel .* add data_parallel"):
+        train._types_again(elsewhere, "memory_16", ["row_wise"])
+
+
+# --- real runs -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def clicks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    numbers = np.random.default_rng(0)
+    user, item = numbers.integers(0, 50, ROWS), numbers.integers(0, 30, ROWS)
+    frame = pd.DataFrame(
+        {
+            "click": (numbers.random(ROWS) < 0.2 + 0.5 * (user % 3 == 0)).astype("int8"),
+            "user": (user.astype(np.int64) << 40) - 7,
+            "item": [f"item-{i}" for i in item],
+            "price": item * 1.5,
+        }
+    )
+    path = tmp_path_factory.mktemp("data") / "clicks.parquet"
+    frame.to_parquet(path)
+    return path
+
+
+def start(
+    data: Path, folder: Path, *options: str, ranks: int = 2, restarts: int = 0, fault: Fault | None = None
+) -> subprocess.CompletedProcess[str]:
+    """A run to its end, with checkpoints in `folder`."""
+    torchrun = ["--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}"] if ranks > 1 else None
+    done = launch(torchrun, data, folder, *options, environment=fault.to_environment() if fault is not None else {})
+    output, errors = done.communicate(timeout=240)
+    return subprocess.CompletedProcess(done.args, done.returncode, output, errors)
+
+
+def launch(
+    torchrun: list[str] | None, data: Path, folder: Path, *options: str, environment: dict[str, str]
+) -> subprocess.Popen[str]:
+    program = [sys.executable, str(FAULTY_TRAIN)]
+    if torchrun is not None:
+        program = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            *torchrun,
+            "--monitor-interval=0.1",
+            str(FAULTY_TRAIN),
+        ]
+    columns = ["--label", "click", "--categorical", "user", "item", "--numeric", "price"]
+    model = ["--dim", "8", "--compression", "2", "--dense-layers", "8", "--over-layers", "8"]
+    run = ["--batch-size", str(BATCH_SIZE), "--epochs", str(EPOCHS), "--patience", "9", "--split", "time"]
+    checkpoints = ["--checkpoint-dir", str(folder), "--checkpoint-every", str(EVERY), "--json", f"{folder}.json"]
+    if "--optimizer" not in options and "full" not in options:
+        model += ["--sharding-types", "row_wise"]  # else the planner would replicate tables as small as these
+    inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    return subprocess.Popen(
+        [*program, "--data", str(data), *columns, *model, *run, *checkpoints, *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=inherited | environment,
+    )
+
+
+def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """All tensors of the model and the optimizer, read on one process."""
+    whole = checkpoint.parent / f"whole-{checkpoint.name}.pt"
+    dcp_to_torch_save(checkpoint, whole)
+    found: dict[str, torch.Tensor] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                walk(f"{prefix}/{key}", inner)
+        elif isinstance(value, torch.Tensor):
+            found[prefix] = value
+
+    state = torch.load(whole, weights_only=False)
+    walk("model", state["model"])
+    walk("optimizer", state["optimizer"])
+    return found
+
+
+def assert_ended_alike(folder: Path, undisturbed: Path, checkpoint: str = "epoch-0002") -> None:
+    mine, theirs = tensors(folder / checkpoint), tensors(undisturbed / checkpoint)
+    assert mine.keys() == theirs.keys()
+    assert {name.split("/")[0] for name in mine if "embedding_bags" in name} == {"model", "optimizer"}
+    different = [name for name in theirs if not torch.equal(mine[name], theirs[name])]
+    assert not different
+    records = [json.loads(Path(f"{run}.json").read_text()) for run in (folder, undisturbed)]
+    assert records[0]["epochs"] == records[1]["epochs"]  # losses and AUCs to the last digit
+
+
+def test_sigterm_saves_and_says_run_me_again(clicks: Path, tmp_path: Path) -> None:
+    fault = Fault(signal.SIGTERM, rank=0, step=7, done=str(tmp_path / "done"))
+    done = start(clicks, tmp_path / "run", ranks=1, fault=fault)
+    assert done.returncode == train.EXIT_TERMINATED == 75, done.stderr[-3000:]
+    newest = Checkpoints(tmp_path / "run").paths()[-1]
+    assert newest.name == "epoch-0001-step-00000008"  # the step under way was finished
+    assert checkpointing.damage(newest) is None
+    assert json.loads((newest / "progress.json").read_text())["step"] == 8
+
+
+@pytest.fixture(scope="module")
+def undisturbed(clicks: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    done = start(clicks, folder, "--keep", "9")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_a_killed_rank_is_restarted_and_the_run_ends_in_the_same_bits(
+    clicks: Path, tmp_path: Path, undisturbed: Path, seed: int
+) -> None:
+    numbers = random.Random(seed)
+    step, rank = numbers.randrange(1, EPOCHS * STEPS), numbers.randrange(2)
+    fault = Fault(signal.SIGKILL, rank, step, done=str(tmp_path / "done"))
+    done = start(clicks, tmp_path / "run", restarts=1, fault=fault)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert Path(fault.done).exists()
+    if step > EVERY:
+        assert "going on from" in done.stdout
+    assert_ended_alike(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.slow
+def test_a_rank_killed_on_one_of_two_nodes_is_restarted_with_those_of_the_other(
+    clicks: Path, tmp_path: Path, undisturbed: Path
+) -> None:
+    fault = Fault(signal.SIGKILL, rank=1, step=EVERY + 3, done=str(tmp_path / "done"))
+    component = lma.train(j="2x1", max_restarts=2).roles[0].env  # what the torchx component sets for several nodes
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        port = listener.getsockname()[1]
+    torchrun = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}"]
+    nodes = [
+        launch(
+            [*torchrun, "--rdzv-id=restart"],
+            clicks,
+            tmp_path / "run",
+            environment=component | fault.to_environment(),
+        )
+        for _ in range(2)
+    ]
+    try:
+        ended = [node.communicate(timeout=150) for node in nodes]
+    finally:
+        for node in nodes:
+            node.terminate()
+    assert [node.returncode for node in nodes] == [0, 0], ended
+    assert Path(fault.done).exists() and any("going on from" in output for output, _ in ended)
+    assert_ended_alike(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", ["progress.json", "manifest.json"])
+def test_a_rank_killed_during_a_save_leaves_nothing_half_written(
+    clicks: Path, tmp_path: Path, undisturbed: Path, file: str
+) -> None:
+    fault = Fault(signal.SIGKILL, rank=0, step=0, file=file, save=2, done=str(tmp_path / "done"))
+    done = start(clicks, tmp_path / "run", "--keep", "9", restarts=1, fault=fault)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"going on from {tmp_path / 'run' / 'epoch-0001-step-00000010'}" in done.stdout
+    # Also the checkpoints at epochs' ends; of step 20 of 20 there is none beside them.
+    steps = [
+        f"epoch-{1 + step // STEPS:04d}-step-{step:08d}" for step in range(EVERY, 2 * STEPS, EVERY) if step != STEPS
+    ]
+    assert names(tmp_path / "run") == sorted([*steps, "epoch-0001", "epoch-0002"])
+    assert all(checkpointing.damage(path) is None for path in (tmp_path / "run").iterdir())
+    assert_ended_alike(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.slow
+def test_sigterm_at_one_rank_stops_all_and_the_resumed_run_ends_in_the_same_bits(
+    clicks: Path, tmp_path: Path, undisturbed: Path
+) -> None:
+    fault = Fault(signal.SIGTERM, rank=1, step=STEPS + 3, done=str(tmp_path / "done"))
+    done = start(clicks, tmp_path / "run", fault=fault)
+    assert done.returncode != 0
+    assert re.findall(r"exitcode +: (\d+)", done.stderr) and set(re.findall(r"exitcode +: (\d+)", done.stderr)) == {
+        "75"
+    }
+    assert Checkpoints(tmp_path / "run").paths()[-1].name == "epoch-0002-step-00000024"
+    refused = start(clicks, tmp_path / "run")
+    assert refused.returncode != 0 and "--resume" in refused.stderr  # does not mix with the old run
+    changed = start(clicks, tmp_path / "run", "--resume", "--lr", "0.125")
+    assert changed.returncode != 0 and "--lr was 0.05, now 0.125" in changed.stderr
+    done = start(clicks, tmp_path / "run", "--resume")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_ended_alike(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.slow
+def test_a_run_resumes_from_before_a_damaged_checkpoint_to_the_same_bits(
+    clicks: Path, tmp_path: Path, undisturbed: Path
+) -> None:
+    done = start(clicks, tmp_path / "run", "--max-steps", "12")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert names(tmp_path / "run") == ["epoch-0001-step-00000010", "epoch-0001-step-00000012"]
+    newest = tmp_path / "run" / "epoch-0001-step-00000012"
+    file = sorted(newest.glob("*.distcp"))[-1]
+    os.truncate(file, 100)
+    done = start(clicks, tmp_path / "run", "--resume")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"checkpoint {newest} is damaged ({file.name} has SHA-256" in done.stderr
+    assert "epoch-0001-step-00000010: epoch 1, step 10 of 20" in done.stdout
+    assert_ended_alike(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.slow
+def test_sigterm_at_torchrun_saves_and_the_resumed_run_ends_in_the_same_bits(
+    clicks: Path, tmp_path: Path, undisturbed: Path
+) -> None:
+    fault = Fault(signal.SIGTERM, rank=0, step=8, done=str(tmp_path / "done"), to_torchrun=True)
+    done = start(clicks, tmp_path / "run", restarts=1, fault=fault)
+    assert done.returncode != 0
+    (newest,) = (path.name for path in Checkpoints(tmp_path / "run").paths() if path.name > "epoch-0001-step-00000008")
+    assert f"SIGTERM: saved in {tmp_path / 'run'} at epoch 1, step {int(newest[-8:])}" in done.stdout
+    done = start(clicks, tmp_path / "run", "--resume")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_ended_alike(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [("--table", "full"), ("--optimizer", "adam")])
+def test_other_tables_and_optimizers_resume_to_the_same_bits(
+    clicks: Path, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    for folder, steps in (("whole", "60"), ("run", "33"), ("run", "60")):
+        done = start(clicks, tmp_path / folder, *options, "--resume", "--max-steps", steps, ranks=1)
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "run" / "epoch-0002-step-00000060").exists()
+    assert_ended_alike(tmp_path / "run", tmp_path / "whole", "epoch-0002-step-00000060")
+
+
+@pytest.mark.slow
+def test_checkpoints_of_more_ranks_follow_those_of_fewer(clicks: Path, tmp_path: Path) -> None:
+    # 30 of 40 steps are 15 of 20: the checkpoints of two ranks must still come after that of one.
+    for ranks, steps in ((1, "30"), (2, "32"), (2, "34")):
+        done = start(clicks, tmp_path / "run", "--resume", "--keep", "1", "--max-steps", steps, ranks=ranks)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert names(tmp_path / "run") == [f"epoch-0001-step-000000{steps}"]
+    assert "epoch-0001-step-00000032: epoch 1, step 17 of 20" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "ranks, checkpoint, said",
+    [(1, "epoch-0001-step-00000010", "epoch 1, step 20 of 40"), (3, "epoch-0001", "epoch 2, step 0 of 13")],
+)
+def test_a_run_resumes_on_another_number_of_ranks(
+    clicks: Path, tmp_path: Path, undisturbed: Path, ranks: int, checkpoint: str, said: str
+) -> None:
+    shutil.copytree(undisturbed / checkpoint, tmp_path / "run" / checkpoint)
+    done = start(clicks, tmp_path / "run", "--resume", ranks=ranks)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert said in done.stdout
+    record = json.loads((tmp_path / "run.json").read_text())
+    there = json.loads((undisturbed / "epoch-0002" / "progress.json").read_text())["epochs"]
+    assert record["world_size"] == ranks
+    assert [entry["epoch"] for entry in record["epochs"]] == [1, 2]
+    assert record["epochs"][0] == there[0] or ranks == 1
+    # Not the same batches any more, but it goes on learning from where it was.
+    assert record["epochs"][1]["train_loss"] < there[0]["train_loss"]
