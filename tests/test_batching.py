@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from torchrec_lma.inference.batching import Batcher, Limits, Stopped
+from torchrec_lma.inference.batching import Batcher, Limits, QueueFull, Stopped
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,7 @@ class Item:
     rows: int
     model: str = "a"
     ids: int = 0
+    nbytes: int = 0
 
 
 def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -101,8 +102,36 @@ def test_stopped_batcher_refuses_what_waits_and_what_comes() -> None:
     run(test)
 
 
+def test_queue_is_bounded_in_bytes_as_well() -> None:
+    async def test() -> None:
+        batcher = Batcher(lambda items: items, Limits(100, 0, max_queue_bytes=10))
+        waiting = [asyncio.create_task(batcher.submit(Item(1, nbytes=nbytes))) for nbytes in (6, 4)]
+        await asyncio.sleep(0)
+        with pytest.raises(QueueFull, match="10 bytes of requests are waiting"):
+            await batcher.submit(Item(1, nbytes=1))
+        waiting[0].cancel()
+        await asyncio.sleep(0)
+        waiting.append(asyncio.create_task(batcher.submit(Item(1, nbytes=6))))
+        await asyncio.sleep(0)
+        batcher.start()
+        assert len(await asyncio.gather(*waiting[1:])) == 2
+        assert await batcher.submit(Item(1, nbytes=11))  # alone it may be larger
+        await batcher.stop()
+
+    run(test)
+
+
 @pytest.mark.parametrize(
-    "bad", [{"max_rows": 0}, {"max_ids": 0}, {"max_queue": -1}, {"replicas": 0}, {"max_delay_seconds": -0.1}]
+    "bad",
+    [
+        {"max_rows": 0},
+        {"max_ids": 0},
+        {"max_request_rows": 0},
+        {"max_queue": -1},
+        {"max_queue_bytes": 0},
+        {"replicas": 0},
+        {"max_delay_seconds": -0.1},
+    ],
 )
 def test_limits_out_of_range_are_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(bad))}="):

@@ -224,6 +224,21 @@ def test_the_export_command_takes_a_file(tmp_path: Path) -> None:
     assert metadata_of(tmp_path / "model.pt")["dtype"] == "fp8"
 
 
+def test_a_factory_file_may_be_any_python_file(tmp_path: Path) -> None:
+    file = tmp_path / "torch.py"  # called like a package
+    file.write_text(
+        "from __future__ import annotations\n"
+        "import dataclasses\n"
+        "@dataclasses.dataclass\n"
+        "class Names:\n"
+        "    first: dataclasses.KW_ONLY\n"
+        "def factory(checkpoint, allocation):\n"
+        "    return Names.__name__\n"
+    )
+    assert load_factory(f"{file}:factory")(tmp_path, None) == "Names"
+    assert sys.modules["torch"] is torch
+
+
 def test_wrong_options_are_said_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["export", "--checkpoint", str(tmp_path), "--out", str(tmp_path / "model.pt"), "--model"]
     for factory, message in (

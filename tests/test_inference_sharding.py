@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_inference import CONFIG, FEATURES, Model, collection, make_batch, make_tables, quantized
 from torch import nn
+from torch.distributed.remote_device import _remote_device
 from torchrec.distributed.global_settings import set_propogate_device
 from torchrec.distributed.planner import ParameterConstraints
 from torchrec.distributed.types import ShardingPlan
@@ -115,6 +116,21 @@ def test_a_model_of_lma_and_full_tables_is_sharded_whole() -> None:
         assert torch.equal(script(sharded)(features), sharded(features))
     finally:
         set_propogate_device(False)
+
+
+def test_blocks_on_other_devices_come_back_to_the_devices_of_the_module() -> None:
+    """The meta device stands for a GPU: it computes shapes, and says that there is nothing to copy back."""
+    model = quantized(collection(make_tables()), "int8")
+    _, plan = shard(model, "column_wise", 2)
+    for parameter in plan.plan["ebc"].values():
+        for block, device in zip(parameter.sharding_spec.shards, ("cpu", "meta")):
+            block.placement = _remote_device(f"rank:0/{device}")
+    sharded = ShardedQuantLMAEmbeddingBagCollection(model.ebc, plan.plan["ebc"], torch.device("cuda"))
+    ctx = sharded.create_context()
+    pooled = sharded.compute(ctx, sharded.input_dist(ctx, make_batch()))
+    assert {part.device.type for part in pooled} == {"cpu", "meta"}
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+        sharded.output_dist(ctx, pooled)
 
 
 def test_memories_with_fewer_rows_than_ranks() -> None:

@@ -84,6 +84,15 @@ def test_checkpoints_sort_by_what_was_done_and_the_newest_are_kept(tmp_path: Pat
     assert checkpoints.newest() == checkpoints.paths()[-1]
 
 
+def test_the_best_epoch_is_kept_however_old(tmp_path: Path) -> None:
+    small, checkpoints = Small(0), Checkpoints(tmp_path, keep=1)
+    for epoch, best in ((1, 1), (2, 2), (3, 2), (4, 2)):
+        small.save(checkpoints, epoch, None, best_epoch=best)
+    assert names(tmp_path) == ["epoch-0002", "epoch-0004"]
+    small.save(checkpoints, 5, None, best_epoch=5)
+    assert names(tmp_path) == ["epoch-0005"]
+
+
 def test_an_empty_or_absent_folder_has_no_newest_checkpoint(tmp_path: Path) -> None:
     assert Checkpoints(tmp_path / "absent").newest() is None
 

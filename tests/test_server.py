@@ -64,6 +64,29 @@ def test_a_request_with_too_many_ids_is_refused(tmp_path: Path) -> None:
         assert error.value.code() is INVALID and "--max-ids" in error.value.details()
 
 
+def test_a_request_with_too_many_rows_is_refused(tmp_path: Path) -> None:
+    settings = Settings(save_model(tmp_path / "model.pt"), port=0, limits=Limits(max_request_rows=20))
+    with running(settings) as server:
+        code, message = server.refusal(Rows(21).request())
+        assert code is INVALID and "21 rows, more than 20 (--max-request-rows)" in message
+        assert len(server.send(Rows(20).request())) == 20
+
+
+def test_an_answer_for_other_rows_is_no_answer(served: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = Rows(3)
+    features = KeyedJaggedTensor(
+        list(IDS), torch.from_numpy(data.values), lengths=torch.from_numpy(data.lengths.flatten())
+    )
+    model = served.server.models.current
+    for answer, message in (
+        ({"default": np.zeros(2, np.float32)}, "3 rows with 2 values"),
+        ({"ctr": np.zeros(3, np.float32)}, r"3 rows with 0 values .* tasks \['ctr'\]"),
+    ):
+        monkeypatch.setattr(model, "predict", lambda batch, answer=answer: [answer] * len(batch))
+        with PredictionClient(served.address) as client, pytest.raises(ValueError, match=message):
+            client.predict(torch.from_numpy(data.floats), features)
+
+
 def test_a_client_certificate_without_a_ca_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--tls-ca"):
         PredictionClient("127.0.0.1:1", certificate=tmp_path / "cert.pem", key=tmp_path / "key.pem")

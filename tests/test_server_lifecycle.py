@@ -1,14 +1,17 @@
 """The server under pressure and over time: full queues, deadlines, clients that leave, new model files, its end."""
 
 import concurrent.futures
+import functools
 import gc
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.request
@@ -22,6 +25,9 @@ import numpy as np
 import pytest
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from hypothesis import HealthCheck, given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
 from serving import FLOATS, IDS, POISON, Rows, Running, running, save_model
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
@@ -153,6 +159,44 @@ def test_stopping_server_finishes_what_it_computes_and_says_that_it_stops(tmp_pa
         stopping.result()
 
 
+def test_requests_that_come_while_it_stops_are_answered_or_refused_for_another_server(tmp_path: Path) -> None:
+    with running(Settings(save_model(tmp_path / "model.pt"), port=0)) as server:
+        message = Rows(2).request().SerializeToString()
+        answered = [0] * 32
+
+        def ask(client: int) -> grpc.StatusCode:
+            """How the first request ended that was not answered."""
+            with grpc.insecure_channel(server.address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
+                call = channel.unary_unary("/predictor.Predictor/Predict")
+                while True:
+                    try:
+                        call(message, timeout=30)
+                    except grpc.RpcError as error:
+                        return error.code()
+                    answered[client] += 1
+
+        with concurrent.futures.ThreadPoolExecutor(len(answered)) as pool:
+            asking = [pool.submit(ask, client) for client in range(len(answered))]
+            try:
+                until(lambda: all(answered))
+            finally:
+                assert server.run(server.server.stop())
+            assert {each.result() for each in asking} == {grpc.StatusCode.UNAVAILABLE}
+
+
+def test_a_batch_that_does_not_end_does_not_keep_the_server_from_ending(tmp_path: Path) -> None:
+    settings = Settings(save_model(tmp_path / "model.pt"), port=0, drain_seconds=0.1)
+    with running(settings) as server, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        gate = Gate(server)
+        try:
+            answer = pool.submit(server.refusal, Rows(1).request())
+            until(lambda: gate.seen == [1])
+            assert not server.run(server.server.stop())  # says that the batch was left behind
+            assert answer.result()[0] in (grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE)
+        finally:
+            gate.opened.set()
+
+
 def test_new_model_files_are_taken_over_without_a_failed_request(tmp_path: Path) -> None:
     path = save_model(tmp_path / "model.pt", bias=0)
     with running(Settings(path, port=0, watch_seconds=0.02)) as server:
@@ -168,18 +212,20 @@ def test_new_model_files_are_taken_over_without_a_failed_request(tmp_path: Path)
 
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
             asking = [pool.submit(ask, into) for into in versions]
-            until(lambda: all(versions))
-            for bias in (1, 2):
-                save_model(path, bias=bias)
-                until(lambda bias=bias: versions[0][-1] == versions[1][-1] == bias)
-            # A broken file: the old model goes on.
-            writing = tmp_path / "broken"
-            writing.write_bytes(path.read_bytes()[:5000])
-            os.replace(writing, path)
-            until(lambda: server.metric("model_loads_total", result="failed") == 1)
-            save_model(path, bias=3)
-            until(lambda: versions[0][-1] == versions[1][-1] == 3)
-            ended.set()
+            try:
+                until(lambda: all(versions))
+                for bias in (1, 2):
+                    save_model(path, bias=bias)
+                    until(lambda bias=bias: versions[0][-1] == versions[1][-1] == bias)
+                # A broken file: the old model goes on.
+                writing = tmp_path / "broken"
+                writing.write_bytes(path.read_bytes()[:5000])
+                os.replace(writing, path)
+                until(lambda: server.metric("model_loads_total", result="failed") == 1)
+                save_model(path, bias=3)
+                until(lambda: versions[0][-1] == versions[1][-1] == 3)
+            finally:
+                ended.set()
             for answered in asking:
                 answered.result()
         for seen in versions:
@@ -283,6 +329,39 @@ def test_module_that_breaks_the_contract_is_no_model(tmp_path: Path, kind: str, 
         ModelStore(path, (2, 1, 0), CPU, 4)
 
 
+def in_directory(archive: bytes, offset: int, value: bytes) -> bytes:
+    """A zip archive with other bytes at an offset of each entry of its central directory."""
+    changed = bytearray(archive)
+    for entry in re.finditer(b"PK\1\2", archive):
+        changed[entry.start() + offset : entry.start() + offset + len(value)] = value
+    return bytes(changed)
+
+
+@examples(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    part=st.floats(0, 1), length=st.integers(1, 4), value=st.binary(min_size=4, max_size=4), in_the_end=st.booleans()
+)
+def test_damaged_files_are_refused_or_harmless(
+    tmp_path: Path, part: float, length: int, value: bytes, in_the_end: bool
+) -> None:
+    path = tmp_path / "model.pt"
+    content = bytearray(whole_model())
+    at = int(part * (1000 if in_the_end else len(content) - 1))  # the directory is at the end
+    at = len(content) - 1 - at if in_the_end else at
+    content[at : at + length] = value[:length]
+    path.write_bytes(content)
+    try:
+        ModelStore(path, None, CPU, 1)
+    except ValueError as error:
+        assert "model.pt" in str(error) or "torchrec_lma.json" in str(error)
+
+
+@functools.cache
+def whole_model() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        return save_model(Path(folder) / "model.pt").read_bytes()
+
+
 def test_file_that_is_no_model_is_refused_with_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     whole = save_model(tmp_path / "whole.pt").read_bytes()
     flipped = bytearray(whole)
@@ -293,6 +372,8 @@ def test_file_that_is_no_model_is_refused_with_its_name(tmp_path: Path, capsys: 
         "empty": b"",
         "text": b"not a model",
         "flipped": bytes(flipped),
+        "deflated": in_directory(whole, 10, b"\x08\0"),  # as zip's compression method: once a zlib.error
+        "long": in_directory(whole, 20, b"\xff\xff\xff\x0f"),  # a compressed size: once an EOFError
     }
     for name, content in broken.items():
         path = tmp_path / f"{name}.pt"

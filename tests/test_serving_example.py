@@ -3,8 +3,10 @@
 import argparse
 import hashlib
 import json
+import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -55,7 +57,9 @@ def arguments(clicks: Path, *more: str) -> argparse.Namespace:
     return parse_args(["--data", str(clicks), *columns, *small, *more])
 
 
-def write_checkpoint(folder: Path, args: argparse.Namespace, dataset: RowDataset) -> torch.nn.Module:
+def write_checkpoint(
+    folder: Path, args: argparse.Namespace, dataset: RowDataset, best: dict[str, Any] | None = None
+) -> torch.nn.Module:
     """What the trainer leaves, of an untrained model; returns the model, which takes the trainer's own input."""
     from train import make_model
 
@@ -81,6 +85,7 @@ def write_checkpoint(folder: Path, args: argparse.Namespace, dataset: RowDataset
     (folder / "settings.json").write_text(json.dumps({**settings, "num_embeddings": num_embeddings}))
     if vocabulary is not None:
         vocabulary.save(folder / "vocabulary.safetensors")
+    (folder / "progress.json").write_text(json.dumps({"best": best}))
     digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
     (folder / "manifest.json").write_text(json.dumps({"sha256": digests}))
 
@@ -101,7 +106,7 @@ def test_a_checkpoint_becomes_the_model_that_was_trained(clicks: Path, tmp_path:
     dataset = open_dataset(args)
     write_checkpoint(tmp_path / "epoch-0001-step-00000007", args, dataset)
     predict = write_checkpoint(tmp_path / "epoch-0001", args, dataset)
-    servable = load_factory(SERVING)(tmp_path, None)  # a run's folder: the newest, which is the whole epoch
+    servable = load_factory(SERVING)(tmp_path, None)  # a run's folder without a best epoch: the newest, all of epoch 1
     assert (servable.float_features, servable.id_list_features) == (["price"], ["user", "item", "tags"])
     exported = export(servable, tmp_path / "model.pt", "fp32")
     batch = next(dataset.batches("train", batch_size=400))  # other rows than the sample
@@ -125,6 +130,21 @@ def test_checkpoints_that_cannot_be_served_are_named(clicks: Path, tmp_path: Pat
         factory(tmp_path / "epoch-0001", None)
 
 
+def test_of_a_run_the_best_epoch_is_served(clicks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = arguments(clicks)
+    dataset = open_dataset(args)
+    best = {"epoch": 1, "validation": {"auc": 0.75}}
+    for name in ("epoch-0001", "epoch-0002", "epoch-0003-step-00000070"):
+        write_checkpoint(tmp_path / name, args, dataset, best)
+    find_checkpoint = sys.modules[load_factory(SERVING).__module__].find_checkpoint
+    assert find_checkpoint(tmp_path) == tmp_path / "epoch-0001"
+    assert f"taking {tmp_path / 'epoch-0001'}, validation AUC 0.7500" in capsys.readouterr().err
+    assert find_checkpoint(tmp_path / "epoch-0002") == tmp_path / "epoch-0002"
+    shutil.rmtree(tmp_path / "epoch-0001")
+    with pytest.raises(ValueError, match="epoch-0001, the best epoch of the run, is gone"):
+        find_checkpoint(tmp_path)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("table", ["lma", "full"])
 def test_trained_exported_and_scored_as_the_trainer_did(clicks: Path, tmp_path: Path, table: str) -> None:
@@ -134,8 +154,7 @@ def test_trained_exported_and_scored_as_the_trainer_did(clicks: Path, tmp_path: 
     data = ["--data", str(clicks), *columns, "--epochs", "2"]
     run = ["--table", table, *data, "--checkpoint-dir", tmp_path / "run", "--json", tmp_path / "run.json"]
     record = test_train.record_of(test_train.train(*run, ranks=2), tmp_path / "run.json")
-    best = tmp_path / "run" / f"epoch-{record['best']['epoch']:04d}"
-    options = ["--checkpoint", str(best), "--model", SERVING, "--out", str(tmp_path / "model.pt")]
+    options = ["--checkpoint", str(tmp_path / "run"), "--model", SERVING, "--out", str(tmp_path / "model.pt")]
     assert torchrec_lma(["export", *options]) == 0
     model, auc = torch.jit.load(tmp_path / "model.pt"), BinaryAUROC()
     args = arguments(clicks)

@@ -38,7 +38,7 @@ class Checkpoints:
 
     Args:
         folder: on a file system that all ranks share.
-        keep: how many of the newest checkpoints to keep, at least 1.
+        keep: how many of the newest checkpoints to keep, at least 1; the best epoch's is kept beside them.
     """
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
@@ -50,6 +50,10 @@ class Checkpoints:
     def paths(self) -> list[Path]:
         """The checkpoints, oldest first. Whether they are whole is not looked at: see `newest` and `damage`."""
         return sorted(filter(_position, self.folder.glob("epoch-*")), key=_position)
+
+    def after(self, epoch: int) -> Path:
+        """The checkpoint after all of an epoch, whether or not there is one."""
+        return self.folder / f"epoch-{epoch:04d}"
 
     def newest(self) -> Path | None:
         """The newest whole checkpoint, None if there never was one. Collective if there is a process group.
@@ -88,6 +92,7 @@ class Checkpoints:
         progress: dict[str, Any],
         settings: dict[str, Any],
         vocabulary: Vocabulary | None = None,
+        best_epoch: int | None = None,
     ) -> Path:
         """Writes a checkpoint and removes those that are not kept. Collective.
 
@@ -97,8 +102,9 @@ class Checkpoints:
             progress: JSON that `load` gives back.
             settings: JSON that `read_settings` gives back: how to build the model again.
             vocabulary: of full tables; `read_vocabulary` gives it back.
+            best_epoch: the checkpoint after it is kept, however old: it is the one to use.
         """
-        final = self.folder / (f"epoch-{epoch:04d}" + ("" if step is None else f"-step-{step:08d}"))
+        final = self.after(epoch) if step is None else self.folder / f"epoch-{epoch:04d}-step-{step:08d}"
         writing = self.folder / f"{_WRITING}{final.name}"
         if _rank() == 0:
             for leftover in self.folder.glob(f"{_WRITING}*"):  # of saves that were killed
@@ -121,7 +127,8 @@ class Checkpoints:
             os.replace(writing, final)
             _sync(self.folder)
             for old in [*self.paths()[: -self.keep], *self.folder.glob(f"{_REPLACED}*")]:
-                shutil.rmtree(old)
+                if best_epoch is None or old != self.after(best_epoch):
+                    shutil.rmtree(old)
         dist.barrier()
         return final
 
@@ -140,7 +147,12 @@ class Checkpoints:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         _set_random_state(random)
-        return json.loads((path / PROGRESS).read_text())
+        return read_progress(path)
+
+
+def read_progress(path: Path) -> dict[str, Any]:
+    """The progress that a checkpoint was saved with."""
+    return json.loads((path / PROGRESS).read_text())
 
 
 def read_settings(path: Path) -> dict[str, Any]:

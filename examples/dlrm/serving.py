@@ -4,10 +4,11 @@ torchrec-lma export --checkpoint runs/demo/lma-seed0 --model examples/dlrm/servi
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
-from checkpointing import Checkpoints, damage, read_settings, read_vocabulary
+from checkpointing import Checkpoints, damage, read_progress, read_settings, read_vocabulary
 from torch import Tensor, nn
 from torchrec.models.dlrm import DLRM
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
@@ -26,7 +27,7 @@ def dlrm(checkpoint: Path, allocation: Allocation | None = None) -> ServableMode
     """The factory.
 
     Args:
-        checkpoint: of train.py, or the --checkpoint-dir of a run, whose newest checkpoint is taken.
+        checkpoint: of train.py, or the --checkpoint-dir of a run, of which `find_checkpoint` takes one.
         allocation: must be the one of the checkpoint, which holds it too.
     Raises:
         ValueError: there is no whole checkpoint, or it was trained under another allocation.
@@ -59,12 +60,20 @@ def dlrm(checkpoint: Path, allocation: Allocation | None = None) -> ServableMode
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint itself, or the newest of a run's folder. Raises ValueError if there is none or it is damaged."""
+    """The checkpoint itself, or of a run's folder that of its best epoch, or the newest if no epoch has ended.
+
+    Raises ValueError if there is none, or it is damaged or gone.
+    """
     if not (path / ".metadata").exists():
-        paths = Checkpoints(path).paths()
-        if not paths:
+        checkpoints = Checkpoints(path)
+        if not (paths := checkpoints.paths()):
             raise ValueError(f"{path} is no checkpoint of train.py and holds none; give its --checkpoint-dir")
-        path = paths[-1]
+        newest, best = paths[-1], read_progress(paths[-1])["best"]
+        path = newest if best is None else checkpoints.after(best["epoch"])
+        if not path.exists():
+            raise ValueError(f"{path}, the best epoch of the run, is gone; give another one, such as {newest}")
+        reached = "" if best is None else f", validation AUC {best['validation']['auc']:.4f}"
+        print(f"taking {path}{reached}", file=sys.stderr)
     if problem := damage(path):
         raise ValueError(f"checkpoint {path} is damaged ({problem}); export another one")
     return path

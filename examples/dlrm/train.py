@@ -144,7 +144,13 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         "on a file system that all ranks share",
     )
     restart.add_argument("--checkpoint-every", type=int, metavar="N", help="also save after every N steps of an epoch")
-    restart.add_argument("--keep", type=int, default=2, metavar="K", help="checkpoints to keep (default: %(default)s)")
+    restart.add_argument(
+        "--keep",
+        type=int,
+        default=2,
+        metavar="K",
+        help="newest checkpoints to keep, beside the best epoch's (default: %(default)s)",
+    )
     restart.add_argument(
         "--resume",
         action="store_true",
@@ -595,7 +601,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
             # Named by the steps of all epochs: those of this epoch are fewer after a resume on more ranks, and the
             # newest checkpoint is the one with the highest number.
             epoch, step = (progress.epoch - 1, None) if epoch_finished else (progress.epoch, progress.steps)
-            checkpoints.save(epoch, step, dmp, optimizer, asdict(progress), settings, vocabulary)
+            best_epoch = progress.best["epoch"] if progress.best is not None else None
+            checkpoints.save(epoch, step, dmp, optimizer, asdict(progress), settings, vocabulary, best_epoch)
 
     trainer = Trainer(args, device, dmp, optimizer, batches, progress, save)
     try:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 
 class QueueFull(Exception):
-    """More requests wait than the queue may hold."""
+    """More requests wait, or larger ones, than the queue may hold."""
 
 
 class Stopped(Exception):
@@ -17,13 +17,16 @@ class Stopped(Exception):
 
 
 class Item(Protocol):
-    """A request: its rows and ids, and the model that it was checked against. A batch has items of one model only."""
+    """A request: its size, and the model that it was checked against. A batch has items of one model only."""
 
     @property
     def rows(self) -> int: ...
 
     @property
     def ids(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int: ...
 
     @property
     def model(self) -> Any: ...
@@ -42,7 +45,9 @@ class Limits:
         max_ids: of a batch, which bounds the memory that computing it takes; a larger request is for the caller to
             refuse.
         max_delay_seconds: how long the first request of a batch waits for others.
+        max_request_rows: of one request; a larger one is for the caller to refuse.
         max_queue: requests that may wait.
+        max_queue_bytes: of all that wait together.
         replicas: batches computed at the same time, each in a thread of its own.
     """
 
@@ -51,9 +56,11 @@ class Limits:
     max_queue: int = 1024
     replicas: int = 1
     max_ids: int = 1 << 20
+    max_request_rows: int = 1 << 14
+    max_queue_bytes: int = 1 << 30
 
     def __post_init__(self) -> None:
-        for name in ("max_rows", "max_ids", "max_queue", "replicas"):
+        for name in ("max_rows", "max_ids", "max_request_rows", "max_queue", "max_queue_bytes", "replicas"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if not 0 <= self.max_delay_seconds <= 60:
@@ -77,6 +84,7 @@ class Batcher:
         self._limits = limits
         self._queue: dict[asyncio.Future[Any], _Waiting] = {}  # in order of arrival
         self._queued_rows = 0
+        self._queued_bytes = 0
         self._forming = asyncio.Lock()
         self._wake: asyncio.Future[None] | None = None
         self._wake_rows = 0
@@ -93,31 +101,37 @@ class Batcher:
         self._replicas = [asyncio.create_task(self._run_replica()) for _ in range(self._limits.replicas)]
 
     async def stop(self) -> None:
-        """Refuses what waits, and returns when what is being computed is done."""
+        """Refuses what waits, and returns when what is being computed is done; may be cancelled before."""
         self._stopped = True
         for future in self._queue:
             if not future.done():
                 future.set_exception(Stopped())
         self._wake_up()
-        await asyncio.gather(*self._replicas)
+        if self._replicas:
+            await asyncio.wait(self._replicas)  # not gather, which would cancel them where this is cancelled
+        for replica in self._replicas:
+            replica.result()
         self._threads.shutdown()
 
     async def submit(self, item: Item) -> Any:
         """The item's result.
 
         Raises:
-            QueueFull: at once, if `max_queue` requests wait already.
+            QueueFull: at once, if `max_queue` requests wait already, or this one would make `max_queue_bytes` more.
             Stopped: the batcher was stopped before the item's turn came.
             Exception: what `compute` raised for this item alone.
         """
         if self._stopped:
             raise Stopped()
         if len(self._queue) >= self._limits.max_queue:
-            raise QueueFull()
+            raise QueueFull(f"{self._limits.max_queue} requests are waiting")
+        if self._queue and self._queued_bytes + item.nbytes > self._limits.max_queue_bytes:
+            raise QueueFull(f"{self._queued_bytes} bytes of requests are waiting")
         loop = asyncio.get_running_loop()
         future = loop.create_future()
         self._queue[future] = _Waiting(item, loop.time())
         self._queued_rows += item.rows
+        self._queued_bytes += item.nbytes
         if self._queued_rows >= self._wake_rows:
             self._wake_up()
         try:
@@ -128,7 +142,9 @@ class Batcher:
 
     def _dequeue(self, future: asyncio.Future[Any]) -> None:
         if future in self._queue:
-            self._queued_rows -= self._queue.pop(future).item.rows
+            item = self._queue.pop(future).item
+            self._queued_rows -= item.rows
+            self._queued_bytes -= item.nbytes
 
     async def _run_replica(self) -> None:
         while not self._stopped:

@@ -142,7 +142,7 @@ class PredictionClient:
                 model's, in its order; without them only their number is checked.
 
         Raises:
-            ValueError: as `make_request`.
+            ValueError: as `make_request`; or the server gave another number of predictions.
             grpc.RpcError: the server refused or cannot be reached; `.code()` and `.details()` say why.
         """
         request = make_request(float_features, id_list_features, id_score_list_features, self._id_type)
@@ -151,7 +151,14 @@ class PredictionClient:
             scored = id_score_list_features.keys() if id_score_list_features is not None else ()
             metadata.append((FEATURES_KEY, fingerprint_names(float_names, id_list_features.keys(), scored)))
         response = self._call(request, timeout=self._timeout_seconds, metadata=metadata)
-        return np.array(response.predictions["default"].data, np.float32)
+        tasks = sorted(response.predictions)  # before the next line, which would make a "default" one
+        predictions = np.array(response.predictions["default"].data, np.float32)
+        if len(predictions) != request.batch_size:
+            raise ValueError(
+                f'the server answered {request.batch_size} rows with {len(predictions)} values of the task "default" '
+                f"(it has the tasks {tasks}): is it a server of the predictor.Predictor protocol?"
+            )
+        return predictions
 
     def close(self) -> None:
         self._channel.close()

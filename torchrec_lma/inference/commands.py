@@ -89,10 +89,14 @@ def add_serve(commands: argparse._SubParsersAction) -> None:
     serve.add_argument(
         "--max-ids", type=int, default=1 << 20, metavar="IDS", help="of a batch; requests with more are refused"
     )
+    serve.add_argument(
+        "--max-request-rows", type=int, default=1 << 14, metavar="ROWS", help="of a request; larger ones are refused"
+    )
     serve.add_argument("--max-delay-ms", type=float, default=2.0, metavar="MS", help="that a row waits for others")
     serve.add_argument(
         "--queue", type=int, default=1024, metavar="REQUESTS", help="that may wait before more are refused"
     )
+    serve.add_argument("--queue-mib", type=int, default=1024, metavar="MIB", help="of requests that may wait together")
     serve.add_argument("--replicas", type=int, default=1, help="batches computed at once; they share the weights")
     serve.add_argument("--threads", type=int, default=1, help="CPU threads that compute one batch")
     serve.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
@@ -120,6 +124,9 @@ def run_serve(args: argparse.Namespace) -> None:
     from torchrec_lma.inference.server import Settings, Tls, serve
 
     counts = [getattr(args, option) for option in COUNT_OPTIONS]
+    for option, count in zip(COUNT_OPTIONS, counts):
+        if count is not None and count < 0:
+            raise ValueError(f"--{option.replace('_', '-')} {count} must be at least 0")
     if (args.tls_cert is None) != (args.tls_key is None):
         raise ValueError("--tls-cert and --tls-key go together: give both or neither")
     if args.client_ca is not None and args.tls_cert is None:
@@ -136,7 +143,15 @@ def run_serve(args: argparse.Namespace) -> None:
         host=args.host,
         port=args.port,
         counts=None if counts == [None] * 3 else [count or 0 for count in counts],
-        limits=Limits(args.max_batch, args.max_delay_ms / 1000, args.queue, args.replicas, args.max_ids),
+        limits=Limits(
+            max_rows=args.max_batch,
+            max_delay_seconds=args.max_delay_ms / 1000,
+            max_queue=args.queue,
+            replicas=args.replicas,
+            max_ids=args.max_ids,
+            max_request_rows=args.max_request_rows,
+            max_queue_bytes=args.queue_mib << 20,
+        ),
         max_message_bytes=args.max_message_mib << 20,
         device=args.device,
         threads=args.threads,

@@ -160,11 +160,13 @@ def load_factory(name: str) -> Factory:
         raise ValueError(f"--model {name!r} must be module:function or file.py:function")
     if where.endswith(".py"):
         path = Path(where).resolve()
-        spec = importlib.util.spec_from_file_location(path.stem, path)
+        # A name of its own: a file called like a package must not take that one's place.
+        spec = importlib.util.spec_from_file_location(f"lma_factory_{path.stem}", path)
         if not path.is_file() or spec is None or spec.loader is None:
             raise ValueError(f"--model {name!r}: there is no file {path}")
         sys.path.insert(0, str(path.parent))  # as if the file were run: it may import its neighbours
         module = importlib.util.module_from_spec(spec)
+        sys.modules[module.__name__] = module  # dataclasses, for one, look their module up
         spec.loader.exec_module(module)
     else:
         try:

@@ -3,6 +3,7 @@
 import os
 import threading
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,8 +64,9 @@ class Model:
             if damaged is not None:
                 raise ValueError(f"{damaged} in it does not match its checksum")
             self._module = torch.jit.load(str(path), map_location=device, _extra_files=extra).eval()
-        except (RuntimeError, ValueError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{path} is truncated, damaged or no TorchScript model ({_first_line(error)})") from error
+        except (RuntimeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            what = _first_line(error) or type(error).__name__
+            raise ValueError(f"{path} is truncated, damaged or no TorchScript model ({what})") from error
         if Stamp.of(path) != self.stamp:
             raise FileChanged(f"{path} changed while it was read: write models beside it and rename them")
         if extra[METADATA_FILE]:

@@ -29,8 +29,10 @@ from torchrec_lma.inference.metrics import Metrics
 from torchrec_lma.inference.model_store import Model, ModelStore
 from torchrec_lma.inference.protos.predictor_pb2 import DESCRIPTOR, FloatVec, PredictionRequest, PredictionResponse
 
-SEND_SECONDS = 2.0  # at the end, for answers on their way, and for requests that are still being received
+SEND_SECONDS = 2.0  # at the end, for answers on their way, for requests being received, and for the last batch
+QUIET_SECONDS = 0.05  # without a new request, at the end, before the connections are closed
 MAX_STATUS_CHARACTERS = 1000  # clients refuse long ones, and then see another status
+STOPPING = "the server is stopping: try another"
 SERVICE = DESCRIPTOR.services_by_name["Predictor"].full_name
 
 log = logging.getLogger(__name__)
@@ -64,7 +66,7 @@ class Settings:
         device: where to compute.
         threads: that one batch is computed with, on the CPU.
         watch_seconds: how often to look for a new model file; 0 never, SIGHUP still loads it.
-        drain_seconds: how long requests in flight may take after SIGTERM.
+        drain_seconds: how long requests in flight may take after SIGTERM; what is computed then is left behind.
         metrics_port: of Prometheus metrics on the same host; None for none.
         tls: None for plain text.
     """
@@ -90,10 +92,11 @@ class Settings:
 
 @dataclass(frozen=True)
 class _Request:
-    """What waits in the queue: checked inputs, and the model whose contract they fit."""
+    """What waits in the queue: checked inputs, the model whose contract they fit, and the size of the message."""
 
     inputs: Inputs
     model: Model
+    nbytes: int
 
     @property
     def rows(self) -> int:
@@ -146,6 +149,8 @@ class PredictionServer:
         self.metrics.queue.set_function(lambda: len(self._batcher))
         self._health = health.aio.HealthServicer()
         self._in_flight = 0
+        self._arrived = 0
+        self._stopping = False
         self._server: grpc.aio.Server | None = None
         self._watcher: asyncio.Task[None] | None = None
         self._metrics_server: Any = None
@@ -193,26 +198,48 @@ class PredictionServer:
         if settings.tls is None and not _is_loopback(settings.host):
             log.warning("listening beyond this machine without TLS")
 
-    async def stop(self) -> None:
-        """Refuses new requests, waits for those in flight (up to `drain_seconds`), and ends."""
+    async def stop(self) -> bool:
+        """Refuses new requests, waits for those in flight (up to `drain_seconds`), and ends.
+
+        Returns:
+            False if a batch is still being computed: its thread goes on, and would keep the process from ending.
+        """
         assert self._server is not None, "start() first"
         log.info("draining", extra={"fields": {"seconds": self.settings.drain_seconds}})
+        end = time.monotonic() + self.settings.drain_seconds
+        self._stopping = True
         await self._health.enter_graceful_shutdown()  # balancers stop sending
         if self._watcher is not None:
             self._watcher.cancel()
-        # The listening port closes at once. Health watches never end by themselves: their streams are not waited for.
-        ending = asyncio.create_task(self._server.stop(self.settings.drain_seconds))
-        while self._in_flight and not ending.done():
-            await asyncio.wait({ending}, timeout=0.02)
-        await self._server.stop(SEND_SECONDS)
-        await ending
-        await self._batcher.stop()
+        while self._in_flight and time.monotonic() < end:
+            await asyncio.sleep(0.02)
+        await self._refuse_what_arrives()
+        # Health watches never end by themselves: their streams are not waited for any longer.
+        await self._server.stop(SEND_SECONDS if time.monotonic() < end else None)
+        finished = True
+        try:
+            await asyncio.wait_for(self._batcher.stop(), max(SEND_SECONDS, end - time.monotonic()))
+        except TimeoutError:
+            finished = False
+            log.error("a batch is still being computed, it is left behind")
         if self._metrics_server is not None:
             http_server, thread = self._metrics_server
             await asyncio.to_thread(http_server.shutdown)
             http_server.server_close()
             thread.join()
         log.info("stopped")
+        return finished
+
+    async def _refuse_what_arrives(self) -> None:
+        """Until nothing has come for a while: gRPC cancels what it has received and not handed over when it stops.
+
+        Clients do not try a cancelled request again; what is refused as UNAVAILABLE they may send to another server.
+        """
+        end = time.monotonic() + SEND_SECONDS
+        before = -1
+        while before != self._arrived and time.monotonic() < end:
+            before = self._arrived
+            await asyncio.sleep(QUIET_SECONDS)
 
     async def reload(self) -> bool:
         """Exchanges the model for what its file now holds. If that is no good, the old one stays: False."""
@@ -264,6 +291,8 @@ class PredictionServer:
             raise AssertionError("abort raises")
 
     async def _answer(self, data: bytes, metadata: dict[str, str | bytes]) -> PredictionResponse:
+        if self._stopping:
+            raise _Refused(grpc.StatusCode.UNAVAILABLE, STOPPING)
         request = self._read(data, metadata)
         predictions = await self._submit(request)
         self.metrics.rows.inc(request.rows)
@@ -276,6 +305,7 @@ class PredictionServer:
         """Counts a request by how it ended; if nothing is said, it was cancelled: its client left or its time is up."""
         outcome = _Outcome()
         started = time.monotonic()
+        self._arrived += 1
         self._in_flight += 1
         try:
             yield outcome
@@ -297,12 +327,17 @@ class PredictionServer:
                 )
             message = PredictionRequest.FromString(data)
             inputs = model.contract.read(message, str(metadata.get(ID_TYPE_KEY, "int32")))
-            if inputs.ids > self.settings.limits.max_ids:
-                raise ValueError(
-                    f"the request has {inputs.ids} ids, more than {self.settings.limits.max_ids} (--max-ids): send its "
-                    "rows in several requests"
-                )
-            return _Request(inputs, model)
+            limits = self.settings.limits
+            for number, what, most, option in (
+                (inputs.rows, "rows", limits.max_request_rows, "--max-request-rows"),
+                (inputs.ids, "ids", limits.max_ids, "--max-ids"),
+            ):
+                if number > most:
+                    raise ValueError(
+                        f"the request has {number} {what}, more than {most} ({option}): send its rows in several "
+                        "requests"
+                    )
+            return _Request(inputs, model, len(data))
         except DecodeError as error:
             raise _Refused(
                 grpc.StatusCode.INVALID_ARGUMENT, f"{len(data)} bytes that are no predictor.PredictionRequest ({error})"
@@ -313,13 +348,10 @@ class PredictionServer:
     async def _submit(self, request: _Request) -> dict[str, Any]:
         try:
             return await self._batcher.submit(request)
-        except QueueFull:
-            raise _Refused(
-                grpc.StatusCode.RESOURCE_EXHAUSTED,
-                f"{self.settings.limits.max_queue} requests are waiting: try again later, or add servers",
-            ) from None
+        except QueueFull as full:
+            raise _Refused(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{full}: try again later, or add servers") from None
         except Stopped:
-            raise _Refused(grpc.StatusCode.UNAVAILABLE, "the server is stopping: try another") from None
+            raise _Refused(grpc.StatusCode.UNAVAILABLE, STOPPING) from None
         except Exception as error:
             log.exception("the model failed on a request", extra={"fields": {"rows": request.rows}})
             cause = str(error).strip().split("\n")[-1]
@@ -372,4 +404,6 @@ async def serve(settings: Settings) -> None:
     loop.add_signal_handler(signal.SIGHUP, reload)
     await server.start()
     await ended.wait()
-    await server.stop()
+    if not await server.stop():
+        logging.shutdown()
+        os._exit(1)  # Python would wait for the thread

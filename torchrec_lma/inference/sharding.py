@@ -37,7 +37,8 @@ class ShardedQuantLMAEmbeddingBagCollection(
     Args:
         module: what is sharded. Its weights are copied.
         params: the plan of each memory.
-        device: "cpu", where all blocks are; or "cuda", where they are at the plan's placements.
+        device: "cpu", where all blocks are; or "cuda", where they are at the plan's placements. Pooled embeddings come
+            back to the device of `module`.
     Raises:
         ValueError: the device is "meta", or a shard's columns are no whole chunks.
     """
@@ -87,6 +88,8 @@ class ShardedQuantLMAEmbeddingBagCollection(
             self._blocks.append(blocks)
         self.lookups = nn.ModuleList(lookups)
         self._devices = [lookup.device for lookup in lookups]
+        # Known before tracing: where all is on one device, there is nothing to trace.
+        self._moves = any(device != self._device for device in self._devices)
 
     def input_dist(self, ctx: NullShardedModuleContext, features: KeyedJaggedTensor) -> list[MemoryFeatures]:
         """The features of each memory."""
@@ -97,12 +100,12 @@ class ShardedQuantLMAEmbeddingBagCollection(
         pooled: list[Tensor] = []
         for features, blocks in zip(dist_input, self._blocks):
             for block in [block for same_columns in blocks.values() for block in same_columns]:
-                pooled.append(self.lookups[block](*(_to(part, self._devices[block]) for part in features)))
+                pooled.append(self.lookups[block](*(self._to(part, self._devices[block]) for part in features)))
         return pooled
 
     def output_dist(self, ctx: NullShardedModuleContext, output: list[Tensor]) -> KeyedTensor:
         """The pooled embeddings of whole memories, on the device of the module that was sharded."""
-        memories, parts = [], iter(_to(part, self._device) for part in output)
+        memories, parts = [], iter(self._to(part, self._device) for part in output)
         for memory, blocks in zip(self._embedding_bag_configs, self._blocks):
             columns = []
             for (first, end), same_columns in sorted(blocks.items()):
@@ -112,6 +115,11 @@ class ShardedQuantLMAEmbeddingBagCollection(
                 columns.append(total.view(-1, len(memory.feature_names), end - first))  # (B, F, columns)
             memories.append((columns[0] if len(columns) == 1 else torch.cat(columns, dim=2)).flatten(1))
         return self.features.keyed_tensor(memories)
+
+    def _to(self, tensor: Any, device: torch.device) -> Any:
+        if tensor is None or not self._moves:
+            return tensor
+        return tensor.to(device, non_blocking=device.type != "cpu")  # the CPU would read before the copy is there
 
     def compute_and_output_dist(self, ctx: NullShardedModuleContext, input: list[MemoryFeatures]) -> KeyedTensor:
         return self.output_dist(ctx, self.compute(ctx, input))
@@ -173,8 +181,3 @@ class QuantLMAEmbeddingBagCollectionSharder(BaseQuantEmbeddingSharder[QuantLMAEm
 def get_inference_sharders() -> list[ModuleSharder[nn.Module]]:
     """TorchRec's sharders of quantized modules, and the one of LMA tables."""
     return [*DEFAULT_SHARDERS, cast(ModuleSharder[nn.Module], QuantLMAEmbeddingBagCollectionSharder())]
-
-
-def _to(tensor: Any, device: torch.device) -> Any:
-    """Between CUDA devices, or nothing; None stays None. On the CPU there is nothing to trace."""
-    return tensor if tensor is None or device.type == "cpu" else tensor.to(device, non_blocking=True)
