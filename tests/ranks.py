@@ -4,16 +4,18 @@ import atexit
 import os
 import shutil
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+_START_SECONDS = 600  # importing torchrec takes a minute where other processes have the cores
 _TIMEOUT_SECONDS = 120
 
 
@@ -26,6 +28,7 @@ def _serve(rank: int, world_size: int, local_world_size: int, store: str, connec
         "LOCAL_WORLD_SIZE": str(local_world_size),
     }
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    connection.send((True, None))
     while True:
         try:
             function, args = connection.recv()
@@ -63,20 +66,33 @@ def run(function: Callable[..., Any], world_size: int, *args: Any, local_world_s
     key = (world_size, local_world_size or world_size)
     if key not in _groups:
         _groups[key] = _start(*key)
-    group = _groups[key]
-    for _, connection in group.workers:
+        _results(key, _START_SECONDS)
+    for _, connection in _groups[key].workers:
         connection.send((function, args))
-    results: list[Any] = []
-    for rank, (process, connection) in enumerate(group.workers):
-        try:
-            ok, result = connection.recv() if connection.poll(_TIMEOUT_SECONDS) else (False, "timed out")
-        except EOFError:
-            ok, result = False, f"died with exit code {process.exitcode}"
-        if not ok:
+    return _results(key, _TIMEOUT_SECONDS)
+
+
+def _results(key: tuple[int, int], timeout: float) -> list[Any]:
+    """What each rank sends next, in rank order; raises what the first one says that fails."""
+    workers = _groups[key].workers
+    results: dict[int, Any] = {}
+    end = time.monotonic() + timeout
+    while len(results) < len(workers):
+        waiting = {connection: rank for rank, (_, connection) in enumerate(workers) if rank not in results}
+        ready = wait(list(waiting), max(0.0, end - time.monotonic()))
+        failed = "" if ready else f"ranks {sorted(waiting.values())} of {len(workers)}: timed out"
+        for connection in ready:
+            rank = waiting[connection]
+            try:
+                ok, results[rank] = connection.recv()
+            except (EOFError, ConnectionError):
+                workers[rank][0].join(1)
+                ok, results[rank] = False, f"died with exit code {workers[rank][0].exitcode}"
+            failed = failed or ("" if ok else f"rank {rank} of {len(workers)}: {results[rank]}")
+        if failed:
             _groups.pop(key).stop()  # the others may hang in a collective; the next test starts fresh ones
-            raise AssertionError(f"rank {rank} of {world_size}: {result}")
-        results.append(result)
-    return results
+            raise AssertionError(failed)
+    return [results[rank] for rank in range(len(workers))]
 
 
 def _start(world_size: int, local_world_size: int) -> _Group:

@@ -28,14 +28,13 @@ def total(sent_by_rank: list[Sent], what: str) -> int:
 IDS = 4 * 3 * 8 * WORLD_SIZE  # of all ranks
 
 
-@pytest.mark.parametrize("sharding", ["table_wise", "column_wise", "table_column_wise", "data_parallel"])
+@pytest.mark.parametrize("sharding", ["table_wise", "column_wise", "table_column_wise"])
 def test_ids_travel_as_often_as_those_of_full_tables(sharding: str) -> None:
     full, lma = sent(sharding, None), sent(sharding, "auto")
     for what in ("input", "output", "backward"):
         assert total(lma, what) == total(full, what)
-    if sharding != "data_parallel":
-        owners = 1 if sharding == "table_wise" else 2
-        assert total(lma, "input") > owners * IDS * 8
+    owners = 1 if sharding == "table_wise" else 2
+    assert total(lma, "input") > owners * IDS * 8
 
 
 @pytest.mark.parametrize("sharding", ROW_TYPES)
@@ -56,8 +55,8 @@ def test_row_wise_sends_the_cheaper_of_ids_and_addresses(sharding: str, chunk_di
 
 @pytest.mark.parametrize(
     ("sharding", "qcomm"),
-    [(s, q) for s in SHARDING_TYPES if s != "data_parallel" for q in ("fp16", "bf16")]
-    + [(s, "int8") for s in SHARDING_TYPES if s not in ("data_parallel", *ROW_TYPES)],  # no INT8 reduce-scatter
+    [(s, q) for s in SHARDING_TYPES for q in ("fp16", "bf16")]
+    + [(s, "int8") for s in SHARDING_TYPES if s not in ROW_TYPES],  # no INT8 reduce-scatter
 )
 def test_quantized_communication_sends_what_full_tables_send(sharding: str, qcomm: str) -> None:
     full, lma, unquantized = sent(sharding, None, 8, qcomm), sent(sharding, "auto", 8, qcomm), sent(sharding, "auto")

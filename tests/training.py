@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -205,14 +205,19 @@ def train_reference(
     vbe: str = "no",
     lr_of_step: Callable[[int], float] = lambda step: LR,
     max_norm: float = float("inf"),
+    then: Sequence[Batch] = (),
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weights, and the optimizer's running sums by memory, after training on the batches of all ranks together."""
+    """Weights, and the optimizer's running sums by memory, after training on the batches of all ranks together.
+
+    `then`: batches of more steps, which all ranks take alike.
+    """
     model = Reference(allocation, pooling)
     states: dict[str, dict[str, Tensor]] = {name: {} for name in MEMORIES}
-    for step in range(steps):
+    batches = [[batch(step, rank, weighted, vbe) for rank in range(world_size)] for step in range(steps)]
+    for step, of_ranks in enumerate([*batches, *([each] for each in then)]):
         model.zero_grad()
-        losses = [model(batch(step, rank, weighted, vbe))[0] for rank in range(world_size)]
-        (sum(losses) / world_size).backward()
+        losses = [model(of_rank)[0] for of_rank in of_ranks]
+        (sum(losses) / len(losses)).backward()
         lr = lr_of_step(step)
         with torch.no_grad():
             parameters = [*model.weights.values(), *model.over.parameters()]
@@ -334,6 +339,10 @@ def whole(state: dict[str, Any]) -> dict[str, Tensor]:
     return result
 
 
+# Of each memory's weight: (offsets, values) of shards.
+Sums = dict[str, list[tuple[list[int], Tensor]]]
+
+
 def train_sharded(
     allocation: Allocation,
     sharding: str,
@@ -345,7 +354,8 @@ def train_sharded(
     row_wise_input: RowWiseInput = "auto",
     vbe: str = "no",
     qcomm: str = "fp32",
-) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
+) -> tuple[dict[str, Tensor], Sums, list[str]]:
+    """The weights (on rank 0), this rank's shards of the optimizer's running sums, and the sharding types."""
     dmp, optim, plan = build(allocation, sharding, optimizer, pooling, weighted, row_wise_input, qcomm)
     batches = [batch(step, dist.get_rank(), weighted, vbe) for step in range(steps)]
     if pipeline:
@@ -358,15 +368,25 @@ def train_sharded(
             optim.zero_grad()
             dmp(step_batch)[0].backward()
             optim.step()
-    sums = {}
-    for name, states in optim.state_dict()["state"].items():
-        for key, value in states.items():
-            if isinstance(value, ShardedTensor) and key.endswith("momentum1"):
-                sums[name] = value
-    # A table-wise state exists on its owner alone, and gathering is a collective, so only its sizes are compared.
-    gathered = whole(sums) if sharding in ("column_wise", "row_wise") else {}
+    # Shard by shard: a table-wise state exists on its owner alone, and gathering is a collective.
+    sums: Sums = {
+        name: [(shard.metadata.shard_offsets, shard.tensor) for shard in value.local_shards()]
+        for name, states in optim.state_dict()["state"].items()
+        for key, value in states.items()
+        if isinstance(value, ShardedTensor) and key.endswith("momentum1")
+    }
     types = [p.sharding_type for module in plan.plan.values() for p in module.values()]
-    return whole(dmp.state_dict()), gathered, types
+    return whole(dmp.state_dict()), sums, types
+
+
+def assert_sums_close(shards_of_ranks: list[Sums], expected: dict[str, Tensor]) -> None:
+    """The ranks' shards together are the whole running sums of each memory."""
+    for memory, sums in expected.items():
+        found = torch.full_like(sums, torch.nan)
+        for shards in shards_of_ranks:
+            for (row, column), values in shards.get(f"ebc.embedding_bags.{memory}.weight", []):
+                found[row : row + values.size(0), column : column + values.size(1)] = values
+        torch.testing.assert_close(found, sums, rtol=1e-4, atol=1e-6)
 
 
 def assert_close(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

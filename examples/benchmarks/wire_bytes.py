@@ -28,7 +28,6 @@ from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_
 from torchrec.distributed.sharding_plan import (
     column_wise,
     construct_module_sharding_plan,
-    data_parallel,
     row_wise,
     table_row_wise,
     table_wise,
@@ -47,7 +46,8 @@ from torchrec_lma.distributed.specs import RowWiseInput
 from torchrec_lma.text_table import text_table
 
 ROW_TYPES = ("row_wise", "table_row_wise", "grid_shard")
-SHARDING_TYPES = ("table_wise", "column_wise", "table_column_wise", *ROW_TYPES, "data_parallel")
+# Data-parallel sharding sends no ids and no embeddings, only gradients, and that is DDP's.
+SHARDING_TYPES = ("table_wise", "column_wise", "table_column_wise", *ROW_TYPES)
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,6 @@ def plan_for(sharding_type: str, index: int, local_size: int) -> Callable[..., P
         "row_wise": row_wise(compute_kernel="fused"),
         "table_row_wise": table_row_wise(host_index=host),
         "grid_shard": grid,
-        "data_parallel": data_parallel(),
     }[sharding_type]
 
 
@@ -186,8 +185,7 @@ def step(workload: Workload, sharding_type: str, row_wise_input: RowWiseInput | 
             workload.tables(), LMAConfig(compression=workload.compression, chunk_dim=workload.chunk_dim)
         )
         sharder = LMAEmbeddingBagCollectionSharder(qcomm_codecs_registry=registry, row_wise_input=row_wise_input)
-    if sharding_type != "data_parallel":
-        apply_optimizer_in_backward(torch.optim.SGD, ebc.parameters(), {"lr": 0.1})
+    apply_optimizer_in_backward(torch.optim.SGD, ebc.parameters(), {"lr": 0.1})
     plan = construct_module_sharding_plan(
         ebc,
         {c.name: plan_for(sharding_type, i, local_size) for i, c in enumerate(ebc.embedding_bag_configs())},

@@ -63,9 +63,11 @@ class Checkpoints:
         Raises ValueError when there are damaged checkpoints and no whole one.
         """
         if _rank() == 0:
-            for old in self.folder.glob(f"{_REPLACED}*"):  # its save was killed between two renames
-                if not (final := old.with_name(old.name.removeprefix(_REPLACED))).exists():
-                    os.replace(old, final)
+            for old in self.folder.glob(f"{_REPLACED}*"):
+                if (final := old.with_name(old.name.removeprefix(_REPLACED))).exists():
+                    shutil.rmtree(old)  # its save was killed while it removed it
+                else:
+                    os.replace(old, final)  # between two renames
         for path in reversed(_from_rank_0(self.paths())):
             problem = damage(path)
             if problem is None:

@@ -65,34 +65,40 @@ class LMASplitTBE(SplitTableBatchedEmbeddingBagsCodegen):
     """A fused TBE over physical rows that shows its weights and optimizer state as logical rows.
 
     Args:
-        n_chunks: chunks in each table's shard; the other arguments are the base class's.
+        shards: (local_rows, n_chunks) of each table's shard; the other arguments are the base class's.
     """
 
-    def __init__(self, n_chunks: Sequence[int], **kwargs: Any) -> None:
+    def __init__(self, shards: Sequence[tuple[int, int]], **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._lma_n_chunks = list(n_chunks)
+        self._lma_shards = list(shards)
 
     def split_embedding_weights(self) -> list[Tensor]:
         """[local_rows, local_cols] views, one for each table."""
-        return [w.view(-1, n * w.size(1)) for w, n in zip(super().split_embedding_weights(), self._lma_n_chunks)]
+        return [_logical_rows(w, *shard) for w, shard in zip(super().split_embedding_weights(), self._lma_shards)]
 
     def get_optimizer_state(self) -> list[dict[str, Tensor]]:
         """Each table's states: [local_rows, local_cols], or [local_rows, n_chunks] where a chunk has one value."""
         return [
-            {name: state.view(-1, n * (state.size(1) if state.dim() == 2 else 1)) for name, state in states.items()}
-            for states, n in zip(super().get_optimizer_state(), self._lma_n_chunks)
+            {name: _logical_rows(state, *shard) for name, state in states.items()}
+            for states, shard in zip(super().get_optimizer_state(), self._lma_shards)
         ]
 
 
 class LMADenseTBE(DenseTableBatchedEmbeddingBagsCodegen):
     """As LMASplitTBE, for weights that any torch optimizer trains."""
 
-    def __init__(self, n_chunks: Sequence[int], *args: Any, **kwargs: Any) -> None:
+    def __init__(self, shards: Sequence[tuple[int, int]], *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._lma_n_chunks = list(n_chunks)
+        self._lma_shards = list(shards)
 
     def split_embedding_weights(self) -> list[Tensor]:
-        return [w.view(-1, n * w.size(1)) for w, n in zip(super().split_embedding_weights(), self._lma_n_chunks)]
+        return [_logical_rows(w, *shard) for w, shard in zip(super().split_embedding_weights(), self._lma_shards)]
+
+
+def _logical_rows(physical: Tensor, rows: int, n_chunks: int) -> Tensor:
+    """A view [rows, n_chunks * values] of one or several values for each physical row."""
+    values = physical.size(1) if physical.dim() == 2 else 1
+    return physical.view(-1, n_chunks * values)[:rows]  # an empty shard has a row on the CPU: see _physical_shapes
 
 
 class LMAFusedOptimizer(EmbeddingFusedOptimizer):
@@ -195,12 +201,14 @@ class _LMAKernel(BaseBatchedEmbeddingBag[Tensor]):
             feature_table_map.extend([index] * (table.num_features() * expansion.n_chunks))
         # A plain list: the addressing belongs to the sharded module, and this kernel's state_dict is its weights.
         self._expansions = expansions
-        self._n_chunks = [expansion.n_chunks for expansion in expansions]
+        self._shards = [(rows, expansion.n_chunks) for rows, expansion in zip(self._local_rows, expansions)]
         self._n_chunks_of_feature = [e.n_chunks for e in expansions for _ in range(e.n_features)]
         self._feature_table_map = feature_table_map
 
     def _physical_shapes(self) -> list[tuple[int, int]]:
-        return [(rows * n, self._chunk_dim) for rows, n in zip(self._local_rows, self._n_chunks)]
+        # A memory with few rows leaves ranks empty, and FBGEMM's CPU kernels fail on a table without rows.
+        least = 1 if self._on_cpu else 0
+        return [(max(rows, least) * n, self._chunk_dim) for rows, n in self._shards]
 
     def forward(
         self,
@@ -316,7 +324,7 @@ class LMABatchedFusedEmbeddingBag(_LMAKernel, BatchedFusedEmbeddingBag):
             for (rows, cols), table in zip(self._physical_shapes(), config.embedding_tables)
         ]
         self._emb_module = LMASplitTBE(
-            self._n_chunks,
+            self._shards,
             embedding_specs=embedding_specs,
             feature_table_map=self._feature_table_map,
             pooling_mode=self._pooling,
@@ -380,7 +388,7 @@ class LMABatchedDenseEmbeddingBag(_LMAKernel, BatchedDenseEmbeddingBag):
     ) -> None:
         self._init_lma(config, specs, row_ranks, pg, device, sharding_type)
         self._emb_module = LMADenseTBE(
-            self._n_chunks,
+            self._shards,
             self._physical_shapes(),
             feature_table_map=self._feature_table_map,
             pooling_mode=self._pooling,

@@ -15,6 +15,7 @@ from torchrec.distributed.embeddingbag import (
 from torchrec.distributed.sharding_plan import get_default_sharders as get_torchrec_default_sharders
 from torchrec.distributed.types import (
     Awaitable,
+    CommOp,
     ModuleSharder,
     ParameterSharding,
     QuantizedCommCodecs,
@@ -67,7 +68,7 @@ class ShardedLMAEmbeddingBagCollection(ShardedEmbeddingBagCollection):
 
     Raises:
         ValueError: a sharding type or kernel without LMA support; a column shard that is not a multiple of chunk_dim;
-            a chunk_dim or fused optimizer that FBGEMM's kernels cannot take.
+            a chunk_dim or fused optimizer that FBGEMM's kernels cannot take; INT8 communication of row-wise types.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class ShardedLMAEmbeddingBagCollection(ShardedEmbeddingBagCollection):
                 "parallelism (DMPCollection) and ShardingEnv(output_dtensor=True) need; use DistributedModelParallel"
             )
         _check_column_shards(table_name_to_parameter_sharding, module.config.chunk_dim)
+        _check_codecs(table_name_to_parameter_sharding, qcomm_codecs_registry)
         addressing = Addressing(module.allocation).to(device)
         # Past nn.Module's __setattr__: the base __init__ creates the lookups, which need this, and registers nothing.
         self.__dict__["_lma_specs"] = LMASpecs(
@@ -218,6 +220,21 @@ def _check_column_shards(plan: dict[str, ParameterSharding], chunk_dim: int) -> 
                     "with LMAEmbeddingShardingPlanner, or with "
                     f"ParameterConstraints(min_partition=<a multiple of {chunk_dim}>)"
                 )
+
+
+def _check_codecs(plan: dict[str, ParameterSharding], registry: dict[str, QuantizedCommCodecs] | None) -> None:
+    codecs = (registry or {}).get(CommOp.POOLED_EMBEDDINGS_REDUCE_SCATTER.name)
+    types = sorted({sharding.sharding_type for sharding in plan.values()} & set(_SUM_BEFORE_MEAN))
+    # A codec that does nothing has a method where the others have a property; neither is one of these.
+    if (
+        codecs
+        and types
+        and {codecs.forward.quantized_dtype, codecs.backward.quantized_dtype} & {torch.int8, torch.uint8}
+    ):
+        raise ValueError(
+            f"INT8 communication does not run under {types} sharding: TorchRec's INT8 codec takes no reduce-scatter, "
+            "which adds up the parts of an embedding there; take FP16 or BF16, or shard table-wise or column-wise"
+        )
 
 
 class LMAEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
