@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -120,25 +121,45 @@ def test_a_column_width_cuts_no_chunk_and_is_what_torchrec_takes(chunk_dim: int,
 
 
 @pytest.mark.parametrize(
-    "dim, chunk_dim, world_size, given_width, width",
+    "dim, chunk_dim, hosts, given_width, widths",  # of column-wise, table-column-wise and grid, on hosts of 8 ranks
     [
-        (128, 4, 8, None, 16),  # a shard for each rank
-        (128, 4, 1, None, 128),
-        (128, 4, 1000, None, 4),  # no narrower than a chunk
-        (384, 96, 8, None, 96),
-        (384, 96, 8, 128, 192),  # TorchRec's 128 would cut a chunk
-        (128, 32, 8, 33, 64),
-        (128, 4, 8, 500, 128),
-        (24, 2, 8, None, 4),  # TorchRec takes multiples of 4 only
-        (6, 2, 8, None, 6),
+        (128, 4, 1, None, (16, 16, None)),  # a shard for each rank, TorchRec's own types on one host
+        (128, 4, 2, None, (8, 16, 64)),  # for each of all ranks, for each of one host, for each host
+        (128, 4, 16, None, (4, 16, 8)),  # no narrower than a chunk
+        (128, 4, 3, None, (8, 16, 64)),  # 24 and 3 do not divide the dim
+        (384, 96, 2, None, (96, 96, 192)),
+        (384, 96, 2, 128, (192, 192, 192)),  # TorchRec's 128 would cut a chunk
+        (128, 32, 2, 33, (64, 64, 64)),
+        (128, 4, 16, 4, (4, 4, 4)),  # more column shards than ranks of a host, or hosts: as asked for
+        (128, 4, 16, 500, (128, 128, 128)),
+        (24, 2, 2, None, (4, 4, 12)),  # TorchRec takes multiples of 4 only
+        (6, 2, 2, None, (6, 6, 6)),
     ],
 )
-def test_min_partition_is_whole_chunks(
-    dim: int, chunk_dim: int, world_size: int, given_width: int | None, width: int
+def test_columns_are_cut_in_whole_chunks_that_the_sharding_type_can_spread(
+    dim: int, chunk_dim: int, hosts: int, given_width: int | None, widths: tuple[int | None, ...]
 ) -> None:
     ebc = collection([table("t", 10_000, dim, ["f"])], chunk_dim)
     constraints = {"t": ParameterConstraints(min_partition=given_width)}
-    assert memory_constraints(ebc, constraints, world_size, 100)[f"memory_{dim}"].min_partition == width
+    options = estimates(ebc, gpus(8 * hosts, 8), constraints)
+    for sharding, width in zip(("column_wise", "table_column_wise", "grid_shard"), widths):
+        if width is None:
+            assert (f"memory_{dim}", sharding) not in options
+            continue
+        shards = options[f"memory_{dim}", sharding].shards
+        places = {shard.offset[1]: shard.size[1] for shard in shards}
+        assert places == {offset: width for offset in range(0, dim, width)}, sharding
+        assert len(shards) == len(places) * (8 if sharding == "grid_shard" else 1)
+
+
+def test_grid_is_tried_on_several_hosts_unless_types_or_batch_sizes_are_given() -> None:
+    def types(**constraint: Any) -> set[str]:
+        constraints = {"user": ParameterConstraints(pooling_factors=[1.0, 1.0], **constraint)}
+        return {sharding for name, sharding in estimates(collection(), gpus(4, 2), constraints) if name == "memory_32"}
+
+    assert types(compute_kernels=["fused", "dense"]) == set(LMAEmbeddingBagCollectionSharder().sharding_types("cuda"))
+    assert types(compute_kernels=["fused"], sharding_types=["row_wise", "column_wise"]) == {"row_wise", "column_wise"}
+    assert "grid_shard" not in types(batch_sizes=[10, 20])  # grid has no VBE
 
 
 def test_logical_tables_constrain_their_memory() -> None:
@@ -155,14 +176,14 @@ def test_logical_tables_constrain_their_memory() -> None:
             output_dtype=DataType.FP16,
         ),
     }
-    made = memory_constraints(collection(), constraints, 8, 100)
+    made = memory_constraints(collection(), constraints, 1, 100)
     assert made["memory_32"].pooling_factors == [2.0, 3.0, 7.0]  # in the order of the memory's features
     assert made["memory_32"].num_poolings == [1.0, 2.0, 1.0]
     assert made["memory_32"].batch_sizes == [50, 25, 100]  # the planner's where none is given
     assert made["memory_32"].sharding_types == ["column_wise", "row_wise"]  # what both allow, as the first has them
-    assert made["memory_32"].min_partition == 16
+    assert made["memory_32"].min_partition == 12
     assert made["memory_32"].output_dtype == DataType.FP16
-    assert made["memory_8"] == ParameterConstraints(pooling_factors=[1.0], num_poolings=[1.0], min_partition=4)
+    assert made["memory_8"] == ParameterConstraints(pooling_factors=[1.0], num_poolings=[1.0])
 
 
 def test_a_memory_is_constrained_by_its_own_name() -> None:
@@ -236,7 +257,7 @@ def test_memories_of_one_name_have_the_inputs_of_their_own_collection() -> None:
         for o in planner._enumerator.last_stored_search_space
         if o.sharding_type == "column_wise"
     }
-    assert widths == {"user_tower": 16, "item_tower": 16}  # whole chunks of both
+    assert widths == {"user_tower": 4, "item_tower": 16}  # whole chunks of its own
     constraints["user"] = ParameterConstraints(pooling_factors=[2.0, 3.0], sharding_types=["row_wise"])
     with pytest.raises(ValueError, match="two collections have a memory 'memory_32'"):
         LMAEmbeddingShardingPlanner(topology=gpus(), constraints=constraints).plan(model, get_default_sharders())
@@ -255,9 +276,10 @@ STATE = {
 SHARDS_OF_32 = {  # on 8 ranks of 2 hosts
     "table_wise": [(80, 32)],
     "column_wise": [(80, 4)] * 8,
-    "table_column_wise": [(80, 4)] * 8,
+    "table_column_wise": [(80, 8)] * 4,
     "row_wise": [(10, 32)] * 8,
     "table_row_wise": [(20, 32)] * 4,
+    "grid_shard": [(20, 16)] * 8,
 }
 
 
@@ -316,14 +338,18 @@ def test_ids_chunk_rows_and_outputs_are_counted(copies_in_pipeline: int, pipelin
         "table_wise": ids,
         "column_wise": ids,
         "row_wise": ids * 8 / 16,  # 8 addressed copies over 16 ranks
+        "table_column_wise": ids,
         "table_row_wise": ids * 4 / 4,  # raw copies to each of 4 ranks
+        "grid_shard": ids * 2 / 4,  # 2 addressed copies over 4 ranks
         "data_parallel": 550,
     }
-    lookups = {  # column shards have one chunk here
+    lookups = {  # shards of 1 chunk on each rank, 2 on each rank of a host, 2 on each host
         "table_wise": ids * 8,
         "column_wise": ids,
         "row_wise": ids * 8 / 16,
+        "table_column_wise": ids * 2,
         "table_row_wise": ids * 8 / 4,
+        "grid_shard": ids * 2 / 4,
         "data_parallel": 550 * 8,
     }
     for sharding in received:
@@ -380,8 +406,11 @@ def train_by_plan(constraints: dict[str, ParameterConstraints], steps: int) -> d
     """On one of the ranks: the plan's types, the bytes here of each memory's weights and state, and the losses."""
     torch.manual_seed(dist.get_rank())
     model = Model()
+    world_size = dist.get_world_size()
     planner = LMAEmbeddingShardingPlanner(
-        topology=Topology(world_size=dist.get_world_size(), compute_device="cpu"),
+        topology=Topology(
+            world_size=world_size, local_world_size=int(os.environ["LOCAL_WORLD_SIZE"]), compute_device="cpu"
+        ),
         batch_size=16,
         constraints=constraints,
         pipeline_type=PipelineType.TRAIN_SPARSE_DIST,
@@ -409,16 +438,24 @@ def train_by_plan(constraints: dict[str, ParameterConstraints], steps: int) -> d
     return {"types": types, "bytes": bytes_here, "losses": losses, "plan": plan}
 
 
-@pytest.mark.parametrize("sharding", ["table_wise", "column_wise", "row_wise"])
-def test_estimates_are_the_bytes_of_the_sharded_memories(sharding: str) -> None:
+@pytest.mark.parametrize(
+    "sharding, ranks, ranks_of_host",
+    [
+        ("table_wise", 2, 2),
+        ("column_wise", 2, 2),
+        ("row_wise", 2, 2),
+        ("table_column_wise", 4, 2),
+        ("grid_shard", 4, 2),
+    ],
+)
+def test_estimates_are_the_bytes_of_the_sharded_memories(sharding: str, ranks: int, ranks_of_host: int) -> None:
     constraints = {name: dataclasses.replace(c, sharding_types=[sharding]) for name, c in NOTHING_READ.items()}
-    done = run(train_by_plan, 2, constraints, 4)
-    model = Model()
-    options = estimates(model, Topology(world_size=2, compute_device="cpu"), constraints)
+    done = run(train_by_plan, ranks, constraints, 4, local_world_size=ranks_of_host)
+    topology = Topology(world_size=ranks, local_world_size=ranks_of_host, compute_device="cpu")
+    options = estimates(Model(), topology, constraints)
     for name in ("memory_32", "memory_8"):
-        planned: list[int] = [0, 0]
-        ranks = done[0]["plan"].plan["ebc"][name].ranks
-        for rank, shard in zip(ranks, options[name, sharding].shards):
+        planned = [0] * ranks
+        for rank, shard in zip(done[0]["plan"].plan["ebc"][name].ranks, options[name, sharding].shards):
             planned[rank] += shard.storage.ddr
         assert planned == [rank["bytes"].get(name, 0) for rank in done], name
         assert sum(planned) > 0
@@ -427,8 +464,10 @@ def test_estimates_are_the_bytes_of_the_sharded_memories(sharding: str) -> None:
         assert rank["losses"] == sorted(rank["losses"], reverse=True)  # it learns
 
 
-def test_a_plan_of_ones_own_choice_trains() -> None:
-    done = run(train_by_plan, 2, {"user": ParameterConstraints(pooling_factors=[3.0, 1.0])}, 4)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_plan_of_ones_own_choice_trains(ranks: int) -> None:
+    constraints = {"user": ParameterConstraints(pooling_factors=[3.0, 1.0])}
+    done = run(train_by_plan, ranks, constraints, 4, local_world_size=2)
     assert done[0]["types"] == done[1]["types"]
     assert done[0]["losses"] == sorted(done[0]["losses"], reverse=True)
 
@@ -442,16 +481,26 @@ def test_time_is_that_of_a_lookup_for_every_chunk(chunk_dim: int, weighted: bool
     topology = gpus(8, 4)
     options = estimates(collection(TABLES[:2], chunk_dim, is_weighted=weighted), topology)
     ids, n_chunks = 8 * 100 * 3, 32 // chunk_dim  # of all ranks
+    columns = {
+        "column_wise": max(4, chunk_dim),
+        "table_column_wise": max(8, chunk_dim),
+        "grid_shard": max(16, chunk_dim),
+    }
+    in_columns = {sharding: width // chunk_dim for sharding, width in columns.items()}  # chunks of a shard
     rows = {  # FBGEMM's rows that a shard reads; addresses that its rank computes
         "table_wise": (ids * n_chunks, ids * n_chunks),
+        "column_wise": (ids * in_columns["column_wise"],) * 2,
+        "table_column_wise": (ids * in_columns["table_column_wise"],) * 2,
         "row_wise": (ids * n_chunks / 8, ids * n_chunks if n_chunks >= 8 else ids / 8 * n_chunks),
         "table_row_wise": (ids * n_chunks / 4, ids * n_chunks if n_chunks >= 4 else ids / 8 * n_chunks),
+        # 4 chunks: raw ids to each of the 4 ranks that share the rows; 1 chunk: addresses.
+        "grid_shard": (ids * 4 / 4, ids * 4) if chunk_dim == 4 else (ids / 4, ids / 8),
         "data_parallel": (ids / 8 * n_chunks, ids / 8 * n_chunks),
     }
     for sharding, (lookups, addressed) in rows.items():
         perf = options["memory_32", sharding].shards[0].perf
         bandwidth = topology.hbm_mem_bw * (0.5 if sharding == "data_parallel" else 1)
-        out = (ids / 8 if sharding == "data_parallel" else ids) * 32 * 4
+        out = (ids / 8 if sharding == "data_parallel" else ids) * columns.get(sharding, 32) * 4
         # TorchRec's kernel model: 8 bytes of index, twice with weights; rows narrower than 32 cost as much as 32
         # columns; a penalty of 1.75 for rows narrower than 64; backward 2 times forward, with weights 1.1 more.
         lookup = 1.75 * (lookups * (8 * (1 + weighted) + 32 * 4) + out) / bandwidth
@@ -462,12 +511,15 @@ def test_time_is_that_of_a_lookup_for_every_chunk(chunk_dim: int, weighted: bool
 def test_communication_is_a_plain_tables_but_for_the_copies_of_ids() -> None:
     """The plain twin has the memory's shape and features; chunk_dim 8 makes 4 chunks."""
     lma = collection(TABLES[:2], chunk_dim=8)
-    constraints = {"memory_32": ParameterConstraints(pooling_factors=[1.0, 1.0, 1.0], min_partition=16)}
+    # Of the ids of all ranks: 4 addressed copies over 8 ranks, raw copies to both ranks of a host.
+    share = {"table_wise": 1, "column_wise": 1, "row_wise": 4 / 8, "table_row_wise": 2 / 2, "data_parallel": 1}
+    share |= {"table_column_wise": 1, "grid_shard": 2 / 2}
+    constraints = {
+        "memory_32": ParameterConstraints(pooling_factors=[1.0, 1.0, 1.0], sharding_types=list(share), min_partition=16)
+    }
     plain = EmbeddingBagCollection(tables=[table("memory_32", ROWS_32, 32, ["u0", "u1", "i"])], device=META)
     topology = gpus(8, 2)
     ours, torchrecs = estimates(lma, topology, constraints), estimates(plain, topology, constraints)
-    # Of the ids of all ranks: 4 addressed copies over 8 ranks, raw copies to both ranks of a host.
-    share = {"table_wise": 1, "column_wise": 1, "row_wise": 4 / 8, "table_row_wise": 2 / 2, "data_parallel": 1}
     for sharding, part in share.items():
         ours_perf = ours["memory_32", sharding].shards[0].perf
         perf = torchrecs["memory_32", sharding].shards[0].perf
@@ -527,16 +579,16 @@ def test_every_rank_holds_the_allocation(device: str) -> None:
     reserved = reservation.reserve(topology, 10, nn.Sequential(ebc), get_default_sharders())
     for here, there in zip(reserved.devices, without.devices):
         taken = there.storage - here.storage
-        assert (taken.hbm, taken.ddr) == (
-            (ebc.allocation.nbytes, 0) if device == "cuda" else (0, ebc.allocation.nbytes)
-        )
+        # With a GPU the collection keeps its allocation on the host, beside the device's copy.
+        assert (taken.hbm, taken.ddr) == (ebc.allocation.nbytes if device == "cuda" else 0, ebc.allocation.nbytes)
     assert reservation.last_reserved_topology.devices[2].storage == reserved.devices[2].storage
     assert topology.devices[0].storage != reserved.devices[0].storage  # the caller's is left alone
 
 
-def test_an_allocation_that_does_not_fit_is_said() -> None:
+@pytest.mark.parametrize("room", [{"hbm_cap": 100}, {"ddr_cap": 100}])
+def test_an_allocation_that_does_not_fit_is_said(room: dict[str, int]) -> None:
     planner = LMAEmbeddingShardingPlanner(
-        topology=gpus(hbm_cap=100), storage_reservation=FixedPercentageStorageReservation(0.0)
+        topology=gpus(**room), storage_reservation=FixedPercentageStorageReservation(0.0)
     )
     with pytest.raises(PlannerError, match="allocation takes .* on every rank"):
         planner.plan(with_signatures(), get_default_sharders())
@@ -661,3 +713,16 @@ def test_criteo_terabyte_fits_eight_devices_of_40_gb_with_lma_alone(tmp_path: Pa
     ids = 8 * 1000 * 26
     assert lma["device_bytes"] == [allocation + rows * (16 + 4) * 4 + 2 * 8 * ids + 4 * 8 * ids] * 8
     assert "882,774,559 rows" in done.stdout and "none found" in done.stdout
+
+
+def test_criteo_terabyte_on_16_hosts_uses_every_device(tmp_path: Path) -> None:
+    record = tmp_path / "plan.json"
+    program = Path(__file__).parents[1] / "examples" / "benchmarks" / "criteo_plan.py"
+    done = subprocess.run(
+        [sys.executable, str(program), "--devices", "128", "--json", str(record)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    _, lma = json.loads(record.read_text())["results"]
+    assert lma["shardings"] == {"grid_shard, fused": 1}
+    assert len(lma["device_ms"]) == 128
+    assert min(lma["device_ms"]) == pytest.approx(max(lma["device_ms"])) != 0  # 32 column shards would leave 96 idle

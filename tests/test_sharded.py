@@ -10,6 +10,7 @@ import torch.distributed.checkpoint as dcp
 from ranks import run
 from torch import Tensor, nn
 from torchrec import DataType, KeyedJaggedTensor, PoolingType
+from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs_registry
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.sharding_plan import (
     column_wise,
@@ -219,6 +220,9 @@ def pooled_in_int8(allocation: Allocation, sharding: str) -> Tensor:
 def test_int8_communication_is_near_or_refused(allocation: Allocation, sharding: str) -> None:
     sizes = ranks_for(sharding)
     world_size = sizes.pop("world_size")
+    registry = get_qcomm_codecs_registry(QCommsConfig(CommType.INT8, CommType.INT8), device=CPU)
+    planned = LMAEmbeddingBagCollectionSharder(qcomm_codecs_registry=registry).sharding_types("cpu")
+    assert (sharding in planned) == (sharding not in ROW_TYPES)
     if sharding in ROW_TYPES:
         said = run(error_of, world_size, allocation, sharding, "sgd", "int8", **sizes)
         assert all(f"INT8 communication does not run under ['{sharding}']" in message for message in said)

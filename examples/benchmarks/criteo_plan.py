@@ -1,8 +1,8 @@
 """Does a DLRM for Criteo's Terabyte logs fit on these devices? A sharding plan for full and for LMA tables.
 
 Only plans: the model is on the meta device, no table is allocated and no GPU is needed. An allocation with signatures
-takes a share of LMA's budget, and every device holds all of it; here it is a number of bytes, not built. The sizes of
-the 26 tables are published ones:
+takes a share of LMA's budget, and every device and, once more for each rank, its host hold all of it; here it is a
+number of bytes, not built. The sizes of the 26 tables are published ones:
 
 * unclipped: every value of the 24 days that occurs has a row, 882,774,559 together (the cardinalities used by NVIDIA's,
   OneFlow's and Hetu's DLRM examples).
@@ -11,6 +11,7 @@ the 26 tables are published ones:
     python examples/benchmarks/criteo_plan.py                              # 8 devices of 40 GB
     python examples/benchmarks/criteo_plan.py --uvm                        # tables may lie in host memory
     python examples/benchmarks/criteo_plan.py --sizes mlperf_v2 --optimizer adagrad --devices 4
+    python examples/benchmarks/criteo_plan.py --devices 128                # 16 hosts of 8
 """
 
 import argparse
@@ -65,7 +66,7 @@ META = torch.device("meta")
 
 
 class Plan(Stats):
-    """What the planner chose: the tables' bytes on each rank and the sharding types."""
+    """What the planner chose: the tables' bytes and times on each rank and the sharding types."""
 
     options: list[ShardingOption]
 
@@ -77,6 +78,14 @@ class Plan(Stats):
         for option in self.options:
             for shard in option.shards:
                 result[shard.rank] += getattr(shard.storage, kind)
+        return result
+
+    def ms_by_rank(self, ranks: int) -> list[float]:
+        """As the planner's model has it, without the input dist."""
+        result = [0.0] * ranks
+        for option in self.options:
+            for shard in option.shards:
+                result[shard.rank] += shard.perf.total
         return result
 
     def shardings(self) -> dict[str, int]:
@@ -116,14 +125,15 @@ def plan(args: argparse.Namespace, kind: str) -> dict[str, Any]:
         table.name: ParameterConstraints(compute_kernels=kernels) for table in collection.embedding_bag_configs()
     }
     found = Plan()
-    held_bytes = allocation_bytes(args) if kind == "lma" else 0  # on every device
+    local_devices = min(args.devices, args.local_devices)
+    held_bytes = allocation_bytes(args) if kind == "lma" else 0  # on every device, and by its rank on the host
     planner = LMAEmbeddingShardingPlanner(
         topology=Topology(
             world_size=args.devices,
-            local_world_size=min(args.devices, 8),
+            local_world_size=local_devices,
             compute_device="cuda",
             hbm_cap=int(args.device_gb * GB) - held_bytes,
-            ddr_cap=int(args.host_gb * GB),
+            ddr_cap=int(args.host_gb * GB) - held_bytes,
         ),
         batch_size=args.batch_size,
         constraints=constraints,
@@ -142,10 +152,12 @@ def plan(args: argparse.Namespace, kind: str) -> dict[str, Any]:
     except PlannerError as error:
         return result | {"fits": False, "error": str(error).split("\n")[0].strip()}
     device_bytes = [held_bytes + nbytes for nbytes in found.bytes_by_rank("hbm", args.devices)]
+    rank_bytes = [held_bytes + nbytes for nbytes in found.bytes_by_rank("ddr", args.devices)]
     return result | {
         "fits": True,
         "device_bytes": device_bytes,
-        "host_bytes": sum(found.bytes_by_rank("ddr", args.devices)),
+        "host_bytes": [sum(rank_bytes[i : i + local_devices]) for i in range(0, args.devices, local_devices)],
+        "device_ms": found.ms_by_rank(args.devices),
         "shardings": found.shardings(),
     }
 
@@ -165,7 +177,8 @@ def main() -> None:
     parser.add_argument(
         "--optimizer", choices=OPTIMIZERS, default="rowwise-adagrad", help="of the tables (default: %(default)s)"
     )
-    parser.add_argument("--devices", type=int, default=8, help="8 on a host (default: %(default)s)")
+    parser.add_argument("--devices", type=int, default=8, help="on all hosts (default: %(default)s)")
+    parser.add_argument("--local-devices", type=int, default=8, help="on a host (default: %(default)s)")
     parser.add_argument("--device-gb", type=float, default=40, help="memory of a device, 2^30 (default: %(default)s)")
     parser.add_argument("--host-gb", type=float, default=128, help="host memory per device (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=8192, help="rows on each device (default: %(default)s)")
@@ -188,7 +201,7 @@ def main() -> None:
     )
     print(
         text_table(
-            ["tables", "plan", "weights", "allocation", "on a device", "on hosts"],
+            ["tables", "plan", "weights", "allocation", "on a device", "on a host", "slowest device, model"],
             [
                 [
                     result["tables"],
@@ -198,7 +211,8 @@ def main() -> None:
                     "{:.2f} to {:.2f} GB".format(min(result["device_bytes"]) / GB, max(result["device_bytes"]) / GB)
                     if result["fits"]
                     else "-",
-                    f"{result['host_bytes'] / GB:.2f} GB" if result["fits"] else "-",
+                    f"{max(result['host_bytes']) / GB:.2f} GB" if result["fits"] else "-",
+                    f"{max(result['device_ms']):.1f} ms" if result["fits"] else "-",
                 ]
                 for result in results
             ],

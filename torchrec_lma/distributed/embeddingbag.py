@@ -222,15 +222,17 @@ def _check_column_shards(plan: dict[str, ParameterSharding], chunk_dim: int) -> 
                 )
 
 
-def _check_codecs(plan: dict[str, ParameterSharding], registry: dict[str, QuantizedCommCodecs] | None) -> None:
+def _has_int8(registry: dict[str, QuantizedCommCodecs] | None) -> bool:
+    """Whether a reduce-scatter would be in INT8, which TorchRec's codec cannot do."""
     codecs = (registry or {}).get(CommOp.POOLED_EMBEDDINGS_REDUCE_SCATTER.name)
+    # A codec that does nothing has a method where the others have a property, and is none of these.
+    sent = {codec.quantized_dtype for codec in (codecs.forward, codecs.backward)} if codecs is not None else set()
+    return bool(sent & {torch.int8, torch.uint8})
+
+
+def _check_codecs(plan: dict[str, ParameterSharding], registry: dict[str, QuantizedCommCodecs] | None) -> None:
     types = sorted({sharding.sharding_type for sharding in plan.values()} & set(_SUM_BEFORE_MEAN))
-    # A codec that does nothing has a method where the others have a property; neither is one of these.
-    if (
-        codecs
-        and types
-        and {codecs.forward.quantized_dtype, codecs.backward.quantized_dtype} & {torch.int8, torch.uint8}
-    ):
+    if types and _has_int8(registry):
         raise ValueError(
             f"INT8 communication does not run under {types} sharding: TorchRec's INT8 codec takes no reduce-scatter, "
             "which adds up the parts of an embedding there; take FP16 or BF16, or shard table-wise or column-wise"
@@ -283,8 +285,10 @@ class LMAEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
         )
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
-        """The same on every device; TorchRec leaves row-wise out on CPU, where it runs as well."""
-        return list(_SHARDINGS)
+        """The same on every device: TorchRec leaves row-wise out on CPU, where it runs as well. Not what the codecs of
+        `qcomm_codecs_registry` cannot do."""
+        without = _SUM_BEFORE_MEAN if _has_int8(self.qcomm_codecs_registry) else ()
+        return [sharding_type for sharding_type in _SHARDINGS if sharding_type not in without]
 
     def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
         """Data-parallel: dense. Else fused, on CUDA also in UVM with or without a cache."""

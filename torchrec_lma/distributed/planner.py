@@ -16,6 +16,7 @@ from torchrec.distributed.planner.types import (
     ParameterConstraints,
     PlannerError,
     PlannerErrorType,
+    Shard,
     ShardingOption,
     Stats,
     Storage,
@@ -23,7 +24,8 @@ from torchrec.distributed.planner.types import (
     Topology,
 )
 from torchrec.distributed.planner.utils import build_sharder_data_map, bytes_to_gb, sharder_name
-from torchrec.distributed.types import ModuleSharder, ParameterSharding, PipelineType, ShardingPlan
+from torchrec.distributed.sharding_plan import calculate_shard_sizes_and_offsets
+from torchrec.distributed.types import ModuleSharder, ParameterSharding, PipelineType, ShardingPlan, ShardingType
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from torchrec_lma.distributed.embeddingbag import LMAEmbeddingBagCollectionSharder
@@ -45,15 +47,17 @@ class LMAEmbeddingShardingPlanner(EmbeddingShardingPlanner):
     """EmbeddingShardingPlanner for models with LMAEmbeddingBagCollections; other tables are planned as TorchRec does.
 
     It counts what LMA costs (LMAStorageEstimator, LMAPerfEstimator, LMAStorageReservation), cuts columns between chunks
-    only, and its printed table shows the logical tables of each memory.
+    only, tries grid sharding on several hosts, and its printed table shows the logical tables of each memory.
 
     Args:
         topology, batch_size, storage_reservation, stats: as EmbeddingShardingPlanner's; batch_size is that of one rank.
         constraints: by name of a memory (`memory_<dim>`), of a logical table, or of any other table. Those of the
             logical tables of one memory are joined: pooling_factors, num_poolings and batch_sizes by feature;
             sharding_types and compute_kernels are what all of them allow; min_partition is the greatest, raised to
-            whole chunks; the others must be equal. Without a min_partition a memory gets at most one column shard for
-            each rank.
+            whole chunks; the others must be equal. Without sharding_types a memory on several hosts may get any type
+            that its sharder has, grid sharding only if no batch_sizes are given: it has no VBE. Without a
+            min_partition it gets at most one column shard for each rank, table-column-wise for each rank of a host,
+            and grid-sharded for each host.
         pipeline_type: of the training pipeline, which decides how many batches are in memory; see
             EmbeddingStorageEstimator.
         planner_options: EmbeddingShardingPlanner's other arguments, but no enumerator: this planner makes one.
@@ -105,7 +109,7 @@ class LMAEmbeddingShardingPlanner(EmbeddingShardingPlanner):
     def plan(self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> ShardingPlan:
         collections = {path: m for path, m in module.named_modules() if isinstance(m, LMAEmbeddingBagCollection)}
         of_memories = {
-            path: memory_constraints(collection, self._given_constraints, self._topology.world_size, self._batch_size)
+            path: memory_constraints(collection, self._given_constraints, _hosts(self._topology), self._batch_size)
             for path, collection in collections.items()
         }
         self._constraints = self._given_constraints | _by_name(of_memories)
@@ -131,35 +135,60 @@ def _row_wise_input(sharders: list[ModuleSharder[nn.Module]]) -> RowWiseInput:
     return next((s.row_wise_input for s in sharders if isinstance(s, LMAEmbeddingBagCollectionSharder)), "auto")
 
 
-class _Enumerator(EmbeddingEnumerator):
-    """Gives each memory the inputs of its own collection.
+def _hosts(topology: Topology) -> int:
+    """As TorchRec's partitioner counts them."""
+    return max(1, topology.world_size // topology.intra_group_size)
 
-    TorchRec finds constraints by the name of a table. The memories of two collections may have one name.
+
+class _Enumerator(EmbeddingEnumerator):
+    """Gives each memory the inputs of its own collection, and column shards that its sharding type can spread.
+
+    TorchRec finds constraints by the name of a table, and the memories of two collections may have one name. It cuts
+    columns alike for all sharding types.
     """
 
-    def __init__(self, constraints_by_fqn: Mapping[str, ParameterConstraints], **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(
+        self, constraints_by_fqn: Mapping[str, ParameterConstraints], topology: Topology, **kwargs: Any
+    ) -> None:
+        super().__init__(topology=topology, **kwargs)
         self._constraints_by_fqn = constraints_by_fqn
+        self._topology = topology
 
     def populate_estimates(self, sharding_options: list[ShardingOption]) -> None:
         for option in sharding_options:
             own = self._constraints_by_fqn.get(option.fqn)
             if own is not None:
                 option.input_lengths, option.num_poolings = own.pooling_factors, own.num_poolings
+                _cut_columns(option, own.min_partition, self._topology)
         super().populate_estimates(sharding_options)
+
+
+def _cut_columns(option: ShardingOption, min_partition: int | None, topology: Topology) -> None:
+    """Cuts a memory's columns between chunks, by default into no more shards than can be on ranks of their own."""
+    world_size, ranks_of_host = topology.world_size, topology.intra_group_size
+    most = {
+        ShardingType.COLUMN_WISE.value: world_size,
+        ShardingType.TABLE_COLUMN_WISE.value: ranks_of_host,
+        ShardingType.GRID_SHARD.value: _hosts(topology),  # the ranks of a host share the rows of a column shard
+    }.get(option.sharding_type)
+    if most is None:
+        return
+    dim = option.tensor.shape[1]
+    width = whole_chunks(dim, option.module[1].config.chunk_dim, min_partition or math.ceil(dim / most))
+    shards = calculate_shard_sizes_and_offsets(option.tensor, world_size, ranks_of_host, option.sharding_type, width)
+    option.shards = [Shard(size=size, offset=offset) for size, offset in zip(*shards)]
 
 
 def memory_constraints(
     collection: LMAEmbeddingBagCollection,
     constraints: Mapping[str, ParameterConstraints],
-    world_size: int,
+    hosts: int,
     batch_size: int,
 ) -> dict[str, ParameterConstraints]:
     """The constraints of each memory, by its name, from those of the memory and of its logical tables.
 
-    `pooling_factors`, `num_poolings` and, if any is given, `batch_sizes` have a value for each feature of the memory;
-    `min_partition` is a width of whole chunks that divides the dim. The rest, and what is raised, is as
-    LMAEmbeddingShardingPlanner says.
+    `pooling_factors`, `num_poolings` and, if any is given, `batch_sizes` have a value for each feature of the memory.
+    The rest, and what is raised, is as LMAEmbeddingShardingPlanner says.
     """
     features = {
         table.name: [f for f, t in collection.table_of_feature.items() if t == table.name]
@@ -169,20 +198,20 @@ def memory_constraints(
     for memory, allocation in zip(collection.embedding_bag_configs(), collection.allocation.memories):
         features_of = {memory.name: list(memory.feature_names)} | {name: features[name] for name in allocation.tables}
         given = {name: constraints[name] for name in features_of if name in constraints}
-        lower_bound = max(
-            (c.min_partition for c in given.values() if c.min_partition),
-            default=math.ceil(memory.embedding_dim / world_size),
-        )
+        variable_batch = any(c.batch_sizes for c in given.values())
+        sharding_types = _allowed_by_all(memory.name, "sharding_types", given)
+        if sharding_types is None and hosts > 1 and not variable_batch:
+            # TorchRec leaves grid out unless it is named, since other tables fill the other hosts; a memory may have
+            # none beside it. On one host grid would be table-row-wise again. What the sharder lacks is not tried.
+            sharding_types = [sharding_type.value for sharding_type in ShardingType]
         result[memory.name] = ParameterConstraints(
             **_agreed(memory.name, given),
-            sharding_types=_allowed_by_all(memory.name, "sharding_types", given),
+            sharding_types=sharding_types,
             compute_kernels=_allowed_by_all(memory.name, "compute_kernels", given),
-            min_partition=whole_chunks(memory.embedding_dim, allocation.chunk_dim, lower_bound),
+            min_partition=max((c.min_partition for c in given.values() if c.min_partition), default=None),
             pooling_factors=_per_feature("pooling_factors", given, features_of, POOLING_FACTOR, memory),
             num_poolings=_per_feature("num_poolings", given, features_of, NUM_POOLINGS, memory),
-            batch_sizes=_per_feature("batch_sizes", given, features_of, batch_size, memory)
-            if any(c.batch_sizes for c in given.values())
-            else None,
+            batch_sizes=_per_feature("batch_sizes", given, features_of, batch_size, memory) if variable_batch else None,
             is_weighted=any(c.is_weighted for c in given.values()),
         )
     return result
@@ -274,10 +303,10 @@ def _by_name(of_memories: Mapping[str, Mapping[str, ParameterConstraints]]) -> d
             other = result.setdefault(name, own)
             if other is own:
                 continue
-            # Widths of whole chunks for both, and the greater input: only the reserve for batches is made from it.
+            # The enumerator has inputs and widths of each; only the reserve for batches is made from the greater input.
             inputs = max(own, other, key=lambda c: sum(c.pooling_factors))
             joined = {"pooling_factors": inputs.pooling_factors, "num_poolings": inputs.num_poolings}
-            joined["min_partition"] = math.lcm(own.min_partition, other.min_partition)
+            joined["min_partition"] = None
             result[name] = dataclasses.replace(own, **joined)
             if result[name] != dataclasses.replace(other, **joined):
                 raise ValueError(
@@ -290,7 +319,8 @@ def _by_name(of_memories: Mapping[str, Mapping[str, ParameterConstraints]]) -> d
 class LMAStorageReservation(StorageReservation):
     """Takes the allocation off every rank's memory, after what another reservation takes.
 
-    Every rank holds the allocations of all collections, whichever memories it owns.
+    Every rank holds the allocations of all collections, whichever memories it owns; with a GPU both on the device, for
+    lookups, and on the host, as `allocation` of the collection.
 
     Args:
         inner: TorchRec's reservation for dense layers, batches and a margin.
@@ -310,15 +340,14 @@ class LMAStorageReservation(StorageReservation):
     ) -> Topology:
         reserved = self.inner.reserve(topology, batch_size, module, sharders, constraints)
         nbytes = sum(m.allocation.nbytes for m in module.modules() if isinstance(m, LMAEmbeddingBagCollection))
-        on_cpu = topology.compute_device == "cpu"
-        allocation = Storage(hbm=0 if on_cpu else nbytes, ddr=nbytes if on_cpu else 0, ssd=0)
+        allocation = Storage(hbm=0 if topology.compute_device == "cpu" else nbytes, ddr=nbytes, ssd=0)
         for device in reserved.devices:
             device.storage -= allocation
             if device.storage.hbm < 0 or device.storage.ddr < 0:
                 raise PlannerError(
                     error_type=PlannerErrorType.INSUFFICIENT_STORAGE,
-                    message=f"the allocation takes {nbytes} bytes on every rank, which is more than rank {device.rank} "
-                    f"has left; build one with a lower signature_fraction or dedicated_fraction",
+                    message=f"the allocation takes {nbytes} bytes on every rank, device and host, which is more than "
+                    f"rank {device.rank} has left; build one with a lower signature_fraction or dedicated_fraction",
                 )
         self._last_reserved_topology = copy.deepcopy(reserved)
         return reserved
