@@ -289,10 +289,10 @@ def test_provenance_tells_where_the_allocation_came_from() -> None:
         "rows_sampled": 12,
         "ids": {
             "memory_8": {
-                "user": {"seen": 3, "dedicated": 0, "with_signature": 3},
-                "item": {"seen": 12, "dedicated": 0, "with_signature": 0},
+                "user": {"seen": 3, "dedicated": 0, "with_signature": 3, "sharing": 0},
+                "item": {"seen": 12, "dedicated": 0, "with_signature": 0, "sharing": 0},
             },
-            "memory_16": {"day": {"seen": 1, "dedicated": 0, "with_signature": 1}},
+            "memory_16": {"day": {"seen": 1, "dedicated": 0, "with_signature": 1, "sharing": 0}},
         },
     }
 

@@ -20,7 +20,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_lma import Allocation, AllocationBuilder, LMAConfig
 from torchrec_lma.allocation import ContextMinHash, RowsMinHash, SimHash
-from torchrec_lma.allocation.reduction import reduce_builders
+from torchrec_lma.allocation.reduction import reduce_builders, reduce_to_first
 from torchrec_lma.cli import main as torchrec_lma
 
 TABLES = [
@@ -65,6 +65,16 @@ def test_any_number_of_workers_build_the_allocation_of_one(world_size: int, max_
     assert expected.provenance["frequency"] == ("counted" if max_ids > 100 else "sketched")
 
 
+def union_on_this_rank() -> set[int] | None:
+    return reduce_to_first({dist.get_rank(), 10 * dist.get_rank()}, set.union)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_values_are_merged_on_the_first_worker_only(world_size: int) -> None:
+    of_all = set(range(world_size)) | {10 * rank for rank in range(world_size)}
+    assert ranks.run(union_on_this_rank, world_size) == [of_all, *[None] * (world_size - 1)]
+
+
 # The command line.
 
 
@@ -103,6 +113,73 @@ def arguments(clicks: Path, out: Path, *more: str) -> list[str]:
         str(out),
         *more,
     ]
+
+
+def test_labels_are_neither_needed_nor_read(clicks: Path, tmp_path: Path) -> None:
+    assert torchrec_lma(arguments(clicks, tmp_path / "labelled")) == 0
+    expected = Allocation.load(tmp_path / "labelled").fingerprint
+    for name, label in {"null": None, "text": "yes", "missing": ()}.items():
+        for part in sorted(clicks.iterdir()):
+            frame = pd.read_parquet(part)
+            (tmp_path / name).mkdir(exist_ok=True)
+            if name == "missing":
+                frame = frame.drop(columns="click")
+            else:
+                frame["click"] = frame["click"].astype(object)
+                frame.loc[5, "click"] = label
+                frame["click"] = frame["click"].astype(str if label else "float64")
+            frame.to_parquet(tmp_path / name / part.name, row_group_size=400)
+        command = arguments(tmp_path / name, tmp_path / "a")
+        at = command.index("--label")
+        if name != "missing":
+            assert torchrec_lma(command) == 0
+        assert torchrec_lma(command[:at] + command[at + 2 :]) == 0
+        assert Allocation.load(tmp_path / "a").fingerprint == expected
+
+
+def test_a_context_that_no_source_looks_at_is_refused(
+    clicks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert torchrec_lma(arguments(clicks, tmp_path / "a", "--source-of", "item=rows-minhash")) == 2
+    assert re.search("--context user is for .*context-minhash.*none", capsys.readouterr().err)
+
+
+def test_the_command_warns_of_signatures_that_share_nothing(
+    clicks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--within-table", "--dedicated-fraction", "0"]  # a row has one user and one day
+    assert torchrec_lma(arguments(clicks, tmp_path / "a", *options)) == 0
+    (memory,) = Allocation.load(tmp_path / "a").memories
+    warned = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert len(warned) == 1
+    found = re.fullmatch(
+        r"  warning: t_user: no two signatures agree in any value; these signatures share no memory; "
+        r"--source-of user=none saves ([\d,]+) bytes",
+        warned[0],
+    )
+    assert found and 0 < int(found[1].replace(",", "")) < memory.nbytes
+
+
+@pytest.mark.parametrize("folder", ["file", "file/below", "/proc/self"])
+def test_a_file_that_cannot_be_written_is_refused_before_the_pass(
+    clicks: Path, tmp_path: Path, folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(AllocationBuilder, "update", lambda *_: pytest.fail("a pass over the data was begun"))
+    (tmp_path / "file").touch()
+    out = tmp_path / folder / "allocation"
+    assert torchrec_lma(arguments(clicks, out)) == 2
+    assert f"--out {out} cannot be written" in capsys.readouterr().err
+
+
+def test_sigterm_while_saving_leaves_no_file(clicks: Path, tmp_path: Path) -> None:
+    program = (
+        "import os, signal, sys\nfrom torchrec_lma.cli import main\n"
+        "os.replace = lambda *_: os.kill(os.getpid(), signal.SIGTERM)\nsys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", program, *arguments(clicks, tmp_path / "new" / "allocation")]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 128 + signal.SIGTERM, process.stderr[-3000:]
+    assert list((tmp_path / "new").iterdir()) == []
 
 
 def torchrun(world_size: int, command: list[str]) -> subprocess.Popen[str]:
@@ -194,10 +271,11 @@ def test_a_worker_that_cannot_read_its_share_ends_the_build(clicks: Path, tmp_pa
     for part in clicks.iterdir():
         (tmp_path / part.name).write_bytes(part.read_bytes())
     frame = pd.read_parquet(tmp_path / "part2.parquet")
-    frame.loc[2700, "click"] = 7
+    frame["user"] = frame["user"].astype(float)
+    frame.loc[2700, "user"] = 7.5
     frame.to_parquet(tmp_path / "part2.parquet")
     process = torchrun(2, [*arguments(tmp_path, tmp_path / "out"), "--split", "hash", "--num-embeddings", "500"])
     _, errors = process.communicate(timeout=300)
     assert process.returncode != 0
-    assert re.search("torchrec-lma allocate: .*part2.parquet.*'click'.*row 2700.*a label is 0 or 1", errors)
+    assert re.search(r"torchrec-lma allocate: .*part2.parquet.*'user'.*float 7\.5 is no id", errors)
     assert not (tmp_path / "out").exists()

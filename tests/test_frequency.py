@@ -54,14 +54,25 @@ def test_counts_are_the_same_in_any_order(waiting: int, max_ids: int, monkeypatc
     check()
 
 
-def test_memory_is_bounded() -> None:
-    ids = IdFrequency(1, max_ids=1 << 19)
-    for start in range(0, 1 << 21, 1 << 17):
-        ids.add(0, np.arange(start, start + (1 << 17)))
-        held = sum(array.nbytes for array in (*ids._keys, *ids._counts, *ids._waiting[0], ids._sketch))
+@pytest.mark.parametrize("n_tables, batch", [(1, 1 << 17), (200, 1 << 13)])
+@pytest.mark.parametrize("max_ids", [1 << 13, 1 << 19])
+def test_memory_is_bounded_for_all_tables_together(n_tables: int, batch: int, max_ids: int) -> None:
+    ids = IdFrequency(n_tables, max_ids)
+    for n, start in enumerate(range(0, 1 << 21, batch)):
+        ids.add(n % n_tables, np.arange(start, start + batch))
+        waiting = [array for of_table in ids._waiting for array in of_table]
+        held = sum(array.nbytes for array in (*ids._keys, *ids._counts, *waiting, ids._sketch))
         assert held <= 24 * ids.max_ids + 8 * (1 << 18)
     assert not ids.exact
-    assert ids.occurrences == [1 << 21]
+    assert sum(ids.occurrences) == 1 << 21
+
+
+def test_batches_of_few_ids_do_not_pile_up() -> None:
+    ids = IdFrequency(2, 1000)
+    for n in range(20_000):
+        ids.add(0, np.arange(n % 2))
+        assert sum(len(of_table) for of_table in ids._waiting) <= (1 << 18) / 64
+    assert ids.occurrences == [10_000, 0]
 
 
 def test_the_sketch_knows_who_is_frequent() -> None:

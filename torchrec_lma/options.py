@@ -1,6 +1,7 @@
 """Command-line options for data, tables and allocations; `torchrec-lma` and the DLRM example take the same ones."""
 
 import argparse
+from dataclasses import replace
 
 from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, PoolingType
 
@@ -12,7 +13,9 @@ MOVIELENS = "movielens-100k"
 SOURCES = (RowsMinHash.NAME, ContextMinHash.NAME)
 
 
-def add_data_options(parser: argparse.ArgumentParser, default: str | None = MOVIELENS) -> None:
+def add_data_options(
+    parser: argparse.ArgumentParser, default: str | None = MOVIELENS, needs_label: bool = True
+) -> None:
     group = parser.add_argument_group("data")
     group.add_argument(
         "--data",
@@ -24,7 +27,11 @@ def add_data_options(parser: argparse.ArgumentParser, default: str | None = MOVI
     group.add_argument(
         "--format", choices=("parquet", "criteo", "npy"), default="parquet", help="of --data when it is a path"
     )
-    group.add_argument("--label", metavar="COLUMN", help="parquet, npy: the 0/1 column to predict")
+    group.add_argument(
+        "--label",
+        metavar="COLUMN",
+        help="parquet, npy: the 0/1 column to predict" + ("" if needs_label else ", which is not needed and not read"),
+    )
     group.add_argument("--categorical", nargs="+", default=[], metavar="COLUMN", help="parquet, npy: columns of ids")
     group.add_argument("--numeric", nargs="+", default=[], metavar="COLUMN", help="parquet, npy: columns of numbers")
     group.add_argument(
@@ -38,7 +45,17 @@ def add_data_options(parser: argparse.ArgumentParser, default: str | None = MOVI
 
 
 def open_dataset(args: argparse.Namespace, needs_label: bool = True) -> RowDataset:
-    """The dataset of `add_data_options`. Raises ValueError or FileNotFoundError naming what is wrong."""
+    """The dataset of `add_data_options`; unless it `needs_label`, labels are not read and are NaN in its batches.
+
+    Raises ValueError or FileNotFoundError naming what is wrong.
+    """
+    dataset = _open_dataset(args, needs_label)
+    if not needs_label:
+        dataset.schema = replace(dataset.schema, label=None)
+    return dataset
+
+
+def _open_dataset(args: argparse.Namespace, needs_label: bool) -> RowDataset:
     how = args.split or "hash"
     kind, _, column = how.partition(":")
     if kind not in ("time", "hash"):
@@ -49,9 +66,8 @@ def open_dataset(args: argparse.Namespace, needs_label: bool = True) -> RowDatas
     if args.format == "criteo":
         return CriteoDataset(args.data, split)
     if (needs_label and not args.label) or not args.categorical:
-        raise ValueError(
-            f"--data {args.data} is {args.format}, which needs --label COLUMN and --categorical COLUMN ..."
-        )
+        needed = "--label COLUMN and --categorical COLUMN ..." if needs_label else "--categorical COLUMN ..."
+        raise ValueError(f"--data {args.data} is {args.format}, which needs {needed}")
     kind_of_dataset = NumpyDataset if args.format == "npy" else ParquetDataset
     return kind_of_dataset(args.data, Schema(args.label, tuple(args.categorical), tuple(args.numeric)), split)
 
@@ -124,7 +140,7 @@ def add_lma_options(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="COLUMN",
-        help="columns that context-minhash looks at (default: all)",
+        help="columns that context-minhash looks at (default: all others)",
     )
     group.add_argument("--weighted", action="store_true", help="count how often: weighted Jaccard similarity")
     group.add_argument("--power", type=int, default=RowsMinHash.power, help="of the similarity (default: %(default)s)")
@@ -182,6 +198,11 @@ def make_builder(args: argparse.Namespace, tables: list[EmbeddingBagConfig]) -> 
     unknown = [column for column in args.context if f"t_{column}" not in names]
     if unknown:
         raise ValueError(f"--context {' '.join(unknown)}: no such column; choose from {[t.name[2:] for t in tables]}")
+    if args.context and ContextMinHash.NAME not in names.values():
+        raise ValueError(
+            f"--context {' '.join(args.context)} is for columns whose source is {ContextMinHash.NAME}, and there are "
+            f"none: give --source {ContextMinHash.NAME}, or --source-of COLUMN={ContextMinHash.NAME}, or no --context"
+        )
     context = tuple(f"t_{column}" for column in args.context)
     sources: dict[str, Source | None] = {
         RowsMinHash.NAME: RowsMinHash(*settings),

@@ -37,12 +37,14 @@ class AllocationBuilder:
         dedicated_fraction: share of the budget for rows of their own for the most frequent ids, in [0, 1).
         signature_fraction: share of the budget for signatures, in [0, 1). The most frequent ids after the dedicated
             ones get them, as many as fit. Not used without a source.
-        max_ids: distinct ids of all tables together that are counted exactly, at 24 bytes each at most. Where there are
-            more, and more rows than a source samples, only ids in the sampled rows can be dedicated, their counts are
-            estimates of a sketch, and the provenance says so. Make it several times the number of dedicated rows.
+        max_ids: distinct ids of all tables together that are counted exactly, at 24 bytes each and 2 MiB at most. Where
+            there are more, and more rows than a source samples, only ids in the sampled rows can be dedicated, their
+            counts are estimates of a sketch, and the provenance says so. Make it several times the number of dedicated
+            rows.
     Raises:
-        ValueError: fractions out of range; a source for a table that does not exist, or that looks at one; tables that
-            cannot share a memory; a budget that holds not one row of some memory.
+        ValueError: fractions out of range; a source for a table that does not exist, or that looks at one; a source of
+            a table's own that gives its ids no context; tables that cannot share a memory; a budget that holds not one
+            row of some memory.
 
     Example::
 
@@ -97,6 +99,7 @@ class AllocationBuilder:
             for name, source in self.sources.items()
             if isinstance(source, SimHash)
         }
+        self._vector_lengths: dict[str, int] = {}  # of the tables with vectors
 
     @classmethod
     def from_vectors(
@@ -135,11 +138,12 @@ class AllocationBuilder:
         Args:
             table: name of the table.
             ids: integer [n], tensor, array or sequence, each id once.
-            vectors: float [n, d], tensor, array or sequence. Only signatures of them are kept.
+            vectors: float [n, d], tensor, array or sequence, of one d for the table. Only signatures of them are kept.
         Raises:
             TypeError: ids that are not integers, or vectors that are not real numbers.
-            ValueError: no such table, or one with another source; ids beyond int64; shapes that do not fit; a vector
-                that is zero or has NaN or infinity; an id that already has another vector.
+            ValueError: no such table, or one with another source; ids beyond int64; no array of numbers; shapes that do
+                not fit, or another d than the table's vectors have; a vector that is zero or has NaN or infinity; an
+                id that already has another vector.
         """
         source = self.sources.get(table)
         if not isinstance(source, SimHash):
@@ -148,7 +152,13 @@ class AllocationBuilder:
                 f"one of {sorted(self._vectors)}"
             )
         ids = _int64(ids, f"the vectors of {table!r}")
-        vectors = torch.as_tensor(vectors)
+        try:
+            vectors = torch.as_tensor(vectors)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"the vectors of {table!r} are no array of numbers ({error}); expected [n, d], one vector of length d "
+                "for each id"
+            ) from error
         if not vectors.is_floating_point():
             raise TypeError(f"the vectors of {table!r} are {vectors.dtype}, expected floating-point numbers")
         if ids.dim() != 1 or vectors.dim() != 2 or ids.numel() != vectors.size(0) or vectors.size(1) == 0:
@@ -156,6 +166,7 @@ class AllocationBuilder:
                 f"ids of shape {list(ids.shape)} and vectors of shape {list(vectors.shape)} for table {table!r}; "
                 "expected [n] and [n, d], one vector for each id"
             )
+        self._check_vector_length(table, vectors.size(1))
         vectors = vectors.detach().cpu()
         for wrong, said in (
             (~vectors.isfinite().all(1), "has NaN or infinity"),
@@ -167,7 +178,8 @@ class AllocationBuilder:
                     "vectors); leave these ids out, they are then hashed"
                 )
         keys = mix64(ids ^ self._salts[table])
-        self._vectors[table] = self._with_vectors(table, keys, source.signatures(vectors, self.config.seed), ids)
+        self._vectors[table] = self._with_vectors(table, keys, source.signatures(vectors, self.config.seed))
+        self._vector_lengths[table] = vectors.size(1)
         return self
 
     def update(self, features: KeyedJaggedTensor) -> "AllocationBuilder":
@@ -205,14 +217,18 @@ class AllocationBuilder:
     def merge(self, other: "AllocationBuilder") -> "AllocationBuilder":
         """Add the rows and vectors another builder has seen. In any order and grouping, the result is the same.
 
-        Raises ValueError if it was made for other tables or with other settings, or has other vectors for an id.
+        Raises ValueError if it was made for other tables or with other settings, or has other vectors for an id, or
+        vectors of another length for a table.
         """
         if self._settings() != other._settings():
             mine, theirs = self._settings(), other._settings()
             changed = ", ".join(f"{k}: {mine[k]!r} and {theirs[k]!r}" for k in mine if mine[k] != theirs[k])
             raise ValueError(f"builders with other settings cannot be merged ({changed}); make them alike")
         # Nothing is taken unless everything can be.
+        for table, length in other._vector_lengths.items():
+            self._check_vector_length(table, length)
         self._vectors = {table: self._with_vectors(table, *given) for table, given in other._vectors.items()}
+        self._vector_lengths |= other._vector_lengths
         self._sample.merge(other._sample)
         self._frequency.merge(other._frequency)
         return self
@@ -236,10 +252,11 @@ class AllocationBuilder:
             raise ValueError("no training row was given; call update first, or use Allocation.hashed(tables, config)")
         for name, occurrences in zip(self._table_names, self._frequency.occurrences):
             if self.sources[name] is not None and not occurrences and name not in with_vectors:
+                features = [feature for feature, table in self._table_of_feature.items() if table == name]
                 raise ValueError(
                     f"table {name!r} has no id in any of the {self._sample.rows_seen} rows; check that its features "
-                    f"{[f for f, table in self._table_of_feature.items() if table == name]} are filled, or hash its "
-                    "ids by giving it no source: source={table: source or None, ...}"
+                    f"{features} are filled, or hash its ids by giving it no source: source={{{name!r}: None, ...}} "
+                    f"with the sources of the others, or --source-of {features[0]}=none on the command line"
                 )
         memories, ids = [], {}
         for layout in self._layouts:
@@ -279,6 +296,7 @@ class AllocationBuilder:
         num_values = min(max((source.num_values for source in sources if source), default=0), layout.n_chunks)
         n_signatures = _how_many(self.signature_fraction * layout.budget_bytes, 4 * num_values, eligible.numel())
         with_signature = eligible[:n_signatures]
+        sharing = torch.zeros(n_signatures, dtype=torch.bool)
         if n_signatures:
             low, starts, order = build_index(ids.keys[with_signature])
             with_signature = with_signature[order]
@@ -287,6 +305,7 @@ class AllocationBuilder:
                 "signature_starts": starts,
                 "signatures": self._signatures(ids, with_signature, num_values, rows),
             }
+            sharing = _agreeing(tensors["signatures"])
         allocation_bytes = sum(tensor.nbytes for tensor in tensors.values())
         memory = MemoryAllocation(
             name=layout.name,
@@ -306,6 +325,7 @@ class AllocationBuilder:
                 "seen": int(((ids.table == table) & (ids.count > 0)).sum()),
                 "dedicated": int((ids.table[dedicated] == table).sum()),
                 "with_signature": int((ids.table[with_signature] == table).sum()),
+                "sharing": int((ids.table[with_signature[sharing]] == table).sum()),
             }
             for table in members
         }
@@ -373,9 +393,15 @@ class AllocationBuilder:
             signatures[in_group] = values[:, torch.arange(num_values) % own_values]
         return signatures
 
-    def _with_vectors(
-        self, table: str, keys: Tensor, signatures: Tensor, ids: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def _check_vector_length(self, table: str, length: int) -> None:
+        known = self._vector_lengths.get(table, length)
+        if length != known:
+            raise ValueError(
+                f"table {table!r} was given vectors of length {known} and of length {length}; ids with vectors of "
+                "different lengths never agree, so give all of a table's ids vectors of one length"
+            )
+
+    def _with_vectors(self, table: str, keys: Tensor, signatures: Tensor) -> tuple[Tensor, Tensor]:
         """The keys, int64 [n] ascending, and signatures, int32 [n, K], of a table together with some more."""
         known_keys, known = self._vectors[table]
         keys, order = torch.sort(torch.cat([known_keys, keys]), stable=True)
@@ -436,7 +462,8 @@ def _by_table(source: Sources, tables: Sequence[str]) -> dict[str, Source | None
         if one is not None and not isinstance(one, Source):
             raise TypeError(f"the source of table {name!r} is {one!r}; expected RowsMinHash(...) or another source")
         if isinstance(one, ContextMinHash):
-            one.check_fields(tables)
+            # One source for all tables may name one of them: that one is the context of the others.
+            one.check_fields(tables, name if isinstance(source, Mapping) else None)
     return {name: by_table.get(name) for name in tables}
 
 
@@ -465,6 +492,15 @@ def _find(keys: Tensor, wanted: Tensor, positions: Tensor) -> Tensor:
     ascending, order = torch.sort(keys)
     found = torch.searchsorted(ascending, wanted).clamp(max=keys.numel() - 1)
     return torch.where(ascending[found] == wanted, positions[order[found]], -1)
+
+
+def _agreeing(signatures: Tensor) -> Tensor:
+    """bool [S], which of the signatures, int32 [S, K], agree with another one in some value."""
+    agreeing = torch.zeros(signatures.size(0), dtype=torch.bool)
+    for values in signatures.unbind(1):
+        _, which, count = torch.unique(values, return_inverse=True, return_counts=True)
+        agreeing |= count[which] > 1
+    return agreeing
 
 
 def _how_many(budget_bytes: float, bytes_each: int, at_most: int) -> int:

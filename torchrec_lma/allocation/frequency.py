@@ -4,7 +4,8 @@ import numpy as np
 
 from torchrec_lma.hashing import salt
 
-_FLUSH_IDS = 1 << 18  # ids of a table that wait to be counted, at least
+_FLUSH_IDS = 1 << 18  # ids of all tables together that wait to be counted, at least
+_PART_IDS = 64  # an array that waits takes the memory of this many ids, however few it has
 _DEPTH = 5  # rows of the sketch
 _LEAST_WIDTH = 1 << 10
 
@@ -18,7 +19,8 @@ class IdFrequency:
     Farach-Colton, ICALP 2002), being a sum over all occurrences, and whether there are more than `max_ids` distinct
     ids, whoever notices it first. A sketch cannot list its ids: the caller asks for those in its sample of rows.
 
-    Memory: 24 bytes for each of `max_ids` at most, 8 of them for ids that wait to be counted; the sketch takes 10.
+    Memory between calls, of all tables together: 16 bytes for each of `max_ids` at most, or 10 in the sketch, and 8 for
+    each id that waits to be counted: no more wait than `max_ids`, or 2 MiB where that is more, and the last batch.
     """
 
     def __init__(self, n_tables: int, max_ids: int) -> None:
@@ -28,7 +30,7 @@ class IdFrequency:
         self._keys = [np.empty(0, np.int64) for _ in range(n_tables)]  # ascending
         self._counts = [np.empty(0, np.int64) for _ in range(n_tables)]
         self._waiting: list[list[np.ndarray]] = [[] for _ in range(n_tables)]
-        self._n_waiting = [0] * n_tables
+        self._n_known = self._n_waiting = 0  # of all tables
         # Of all tables, whose keys are mixed apart: int64 [_DEPTH, width].
         self._sketch = np.empty((_DEPTH, 0), np.int64)
 
@@ -36,9 +38,10 @@ class IdFrequency:
         """Count the ids of a table. `keys`: int64 [n], mixed keys."""
         self.occurrences[table] += keys.size
         self._waiting[table].append(keys)
-        self._n_waiting[table] += keys.size
-        if self._n_waiting[table] > max(_FLUSH_IDS, self._keys[table].size):  # seldom enough: O(n log n) in all
-            self._flush(table)
+        self._n_waiting += max(keys.size, _PART_IDS)
+        counted = self._n_known if self.exact else self.max_ids
+        if self._n_waiting > max(_FLUSH_IDS, counted):  # seldom enough: O(n log n) in all
+            self.settle()
 
     def merge(self, other: "IdFrequency") -> None:
         """Add what another one counted, leaving that as it is."""
@@ -56,10 +59,11 @@ class IdFrequency:
         """Counts what waits, after which `exact` is final for the data so far."""
         for table in range(len(self._keys)):
             self._flush(table)
+        self._n_waiting = 0
 
     def of_table(self, table: int) -> tuple[np.ndarray, np.ndarray]:
         """A table's distinct mixed keys, int64 [V] ascending, and their counts, int64 [V]; none unless `exact`."""
-        self._flush(table)
+        self.settle()
         return self._keys[table], self._counts[table]
 
     def estimates(self, keys: np.ndarray) -> np.ndarray:
@@ -71,7 +75,7 @@ class IdFrequency:
     def _flush(self, table: int) -> None:
         if self._waiting[table]:
             keys = np.sort(np.concatenate(self._waiting[table]))
-            self._waiting[table], self._n_waiting[table] = [], 0
+            self._waiting[table] = []
             first = np.flatnonzero(np.diff(keys, prepend=~keys[:1]))
             self._insert(table, keys[first], np.diff(first, append=keys.size))
 
@@ -91,7 +95,8 @@ class IdFrequency:
         new = ~is_known
         self._keys[table] = np.insert(known, position[new], keys[new])
         self._counts[table] = np.insert(total, position[new], counts[new])
-        if sum(known.size for known in self._keys) > self.max_ids:
+        self._n_known += int(new.sum())
+        if self._n_known > self.max_ids:
             self._start_sketch()
 
     def _start_sketch(self) -> None:

@@ -9,7 +9,7 @@ chunk j of their embeddings is shared exactly when they agree on value j mod K, 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -21,6 +21,7 @@ from torchrec_lma.config import _check_int
 from torchrec_lma.hashing import mix64, salt
 
 _LARGEST = torch.iinfo(torch.int64).max
+_PAIRS = 1 << 20  # pairs of an id and a context that are held at once, unless one id has more
 
 
 class Source(ABC):
@@ -161,11 +162,17 @@ class ContextMinHash(RowsSource):
             raise TypeError(f"fields={self.fields!r} must be a sequence of table names: write ({self.fields!r},)")
         object.__setattr__(self, "fields", tuple(self.fields))
 
-    def check_fields(self, tables: Sequence[str]) -> None:
-        """Raises ValueError if a field is not among the tables."""
+    def check_fields(self, tables: Sequence[str], table: str | None = None) -> None:
+        """Raises ValueError if a field is not among the tables, or if none of them can be the context of `table`."""
         unknown = sorted(set(self.fields) - set(tables))
         if unknown:
             raise ValueError(f"fields {unknown} of {self.NAME} are no tables; choose from {list(tables)}")
+        if set(self.fields or tables) == {table}:
+            raise ValueError(
+                f"the ids of table {table!r} would have no context and share nothing: fields={self.fields} of "
+                f"{self.NAME} leave no table but its own, whose ids never are context. Name another table in fields "
+                "(--context on the command line), or give this one another source or none (--source-of)"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "fields": list(self.fields)}
@@ -204,25 +211,33 @@ class ContextMinHash(RowsSource):
     def _by_weight(
         self, rows: Rows, item: Tensor, n_items: int, salts: Sequence[int], context: list[int]
     ) -> Sequence[Tensor]:
-        row = rows.row_of_key()
+        """Of each table of the context the pairs (id, context), which are different pairs from those of other tables,
+        for as many ids at a time as have `_PAIRS`: an id's sample is of its own pairs only."""
+        row, n_rows = rows.row_of_key(), max(rows.hash.numel(), 1)
         best = torch.full((len(salts), n_items), torch.inf, dtype=torch.float64)
         sampled = torch.full((len(salts), n_items), _LARGEST)
-        for index in context:  # pairs of different tables are different pairs, so only one table's are held at a time
+        for index in context:
             in_context = rows.tables == index
+            keys, context_of_key = torch.unique(rows.keys[in_context], return_inverse=True)
+            per_row = torch.bincount(row[in_context], minlength=n_rows)
             chosen = (item >= 0) & ~in_context
             # In a bag or in two features an id may stand in one row twice; it meets the row's context once.
-            of_row = torch.unique(row[chosen] * n_items + item[chosen])
-            pair_item, pair_key, weight = _pairs(
-                rows, of_row % n_items, of_row // n_items, rows.keys[in_context], row[in_context]
-            )
-            for n, one in enumerate(salts):
-                order, element = _consistent_weighted_sample(pair_key, weight, one)
-                smallest = torch.full((n_items,), torch.inf, dtype=torch.float64)
-                smallest.scatter_reduce_(0, pair_item, order, "amin")
-                is_smallest = order == smallest[pair_item]
-                first = _smallest(element[is_smallest], pair_item[is_smallest], n_items)
-                sampled[n] = torch.where(smallest < best[n], first, sampled[n])
-                best[n] = torch.minimum(smallest, best[n])
+            of_item = torch.unique(item[chosen] * n_rows + row[chosen])  # (A), in order of ids
+            of_item, of_row = of_item // n_rows, of_item % n_rows
+            n_pairs = torch.zeros(n_items, dtype=torch.int64).index_add_(0, of_item, per_row[of_row])
+            for start, end in _blocks(n_pairs, _PAIRS):
+                block = slice(*torch.searchsorted(of_item, torch.tensor([start, end])).tolist())
+                pair_item, pair_context, weight = _pairs(
+                    rows, of_item[block] - start, of_row[block], context_of_key, per_row, keys.numel()
+                )
+                for n, one in enumerate(salts):
+                    order, element = _consistent_weighted_sample(keys[pair_context], weight, one)
+                    smallest = torch.full((end - start,), torch.inf, dtype=torch.float64)
+                    smallest.scatter_reduce_(0, pair_item, order, "amin")
+                    is_smallest = order == smallest[pair_item]
+                    first = _smallest(element[is_smallest], pair_item[is_smallest], end - start)
+                    sampled[n, start:end] = torch.where(smallest < best[n, start:end], first, sampled[n, start:end])
+                    best[n, start:end] = torch.minimum(smallest, best[n, start:end])
         return list(sampled)
 
 
@@ -236,27 +251,39 @@ def _uniform(mixed: Tensor) -> Tensor:
     return (((mixed >> 12) & 0xFFFFFFFFFFFFF).to(torch.float64) + 0.5) * 2.0**-52
 
 
-def _pairs(rows: Rows, item: Tensor, row: Tensor, keys: Tensor, key_row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _blocks(sizes: Tensor, most: int) -> Iterator[tuple[int, int]]:
+    """Ranges [start, end) that cover `sizes`, int64 [n], in order, each of a sum of at most `most` or of one entry."""
+    ends = sizes.cumsum(0)
+    start = 0
+    while start < sizes.numel():
+        before = int(ends[start - 1]) if start else 0
+        end = max(int(torch.searchsorted(ends, before + most, right=True)), start + 1)
+        yield start, end
+        start = end
+
+
+def _pairs(
+    rows: Rows, item: Tensor, row: Tensor, context_of_key: Tensor, per_row: Tensor, n_contexts: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """The distinct pairs (id, context) that stand in a common row.
 
     Args:
-        rows: the sampled rows; a row weighs its count.
-        item, row: int64 [A], chosen ids and their rows, in order of rows.
-        keys, key_row: int64 [B], context ids and their rows, in order of rows.
+        rows: the R sampled rows; a row weighs its count.
+        item, row: int64 [A], ids and the rows they are in.
+        context_of_key: int64 [B], which context each key of the context's table is, in order of rows.
+        per_row: int64 [R], how many of these keys each row has.
+        n_contexts: distinct contexts.
     Returns:
-        item int64 [P], key int64 [P] and weight float64 [P] of each pair.
+        item int64 [P], context int64 [P] and weight float64 [P] of each pair.
     """
-    per_row = torch.bincount(key_row, minlength=rows.hash.numel())
-    first = per_row.cumsum(0) - per_row
     n = per_row[row]
-    ends = n.cumsum(0)
-    position = torch.repeat_interleave(first[row] - (ends - n), n) + torch.arange(int(n.sum()))
-    distinct, context = torch.unique(keys, return_inverse=True)
-    pair = torch.repeat_interleave(item, n) * distinct.numel() + context[position]
+    first = (per_row.cumsum(0) - per_row)[row]
+    position = torch.repeat_interleave(first - (n.cumsum(0) - n), n) + torch.arange(int(n.sum()))
+    pair = torch.repeat_interleave(item, n) * max(n_contexts, 1) + context_of_key[position]
     pair, which = torch.unique(pair, return_inverse=True)
     weight = torch.zeros(pair.numel(), dtype=torch.int64)
     weight.index_add_(0, which, rows.count[torch.repeat_interleave(row, n)])
-    return pair // max(distinct.numel(), 1), distinct[pair % max(distinct.numel(), 1)], weight.to(torch.float64)
+    return pair // max(n_contexts, 1), pair % max(n_contexts, 1), weight.to(torch.float64)
 
 
 def _consistent_weighted_sample(keys: Tensor, weights: Tensor, salt: int) -> tuple[Tensor, Tensor]:
