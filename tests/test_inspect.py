@@ -1,6 +1,7 @@
 """What `torchrec-lma inspect` says, against counts and sets in plain Python."""
 
 import base64
+import errno
 import json
 import re
 import subprocess
@@ -10,6 +11,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -21,11 +23,12 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import torchrec_lma.inspection.measure as measure
+import torchrec_lma.inspection.observed as observed_module
 from torchrec_lma import Allocation, AllocationBuilder, LMAConfig, LMAEmbeddingBagCollection, cli
 from torchrec_lma.addressing import Addressing
 from torchrec_lma.allocation import ContextMinHash, RowsMinHash
 from torchrec_lma.hashing import unmix64
-from torchrec_lma.inspection import Inspection, ObservedIds, inspect, write_page
+from torchrec_lma.inspection import Inspection, ObservedIds, command, inspect, write_page
 from torchrec_lma.inspection.observed import Similarity
 
 TABLES = [
@@ -77,6 +80,10 @@ def observed(rows: list[Row] = ROWS) -> ObservedIds:
     return ObservedIds((kjt(rows[start : start + 64]) for start in range(0, len(rows), 64)), TABLE_OF, CONFIG.seed)
 
 
+def observed_sample(max_rows: int | None) -> ObservedIds:
+    return ObservedIds([kjt(ROWS)], TABLE_OF, CONFIG.seed, max_rows)
+
+
 def occurrences(rows: list[Row] = ROWS) -> Counter:
     return Counter((TABLE_OF[feature], id) for row in rows for feature, ids in row.items() for id in ids)
 
@@ -120,37 +127,66 @@ def test_ids_are_counted_by_table() -> None:
 
 
 def test_a_sample_of_rows_is_bounded() -> None:
-    ids = ObservedIds([kjt(ROWS)], TABLE_OF, CONFIG.seed, max_rows=20)
+    ids = observed_sample(20)
     assert ids.rows_sampled == 20
     assert set(ids.count.tolist()) - {0} and ids.count.sum() < sum(occurrences().values())
 
 
-@pytest.mark.parametrize("weighted", [False, True], ids=["sets", "weighted"])
-@pytest.mark.parametrize(
-    "name, fields", [("rows-minhash", ()), ("context-minhash", ()), ("context-minhash", ("t_tag",))]
-)
-def test_similarity_is_the_jaccard_of_sets_in_plain_python(name: str, fields: tuple[str, ...], weighted: bool) -> None:
+def plain_sets(
+    name: str, fields: tuple[str, ...] = (), weighted: bool = False, rows: list[Row] = ROWS
+) -> dict[tuple[str, int], Counter]:
+    """The set of each id whose similarity a source is about."""
     sets: dict[tuple[str, int], Counter] = defaultdict(Counter)
-    for number, (row, count) in enumerate(distinct_rows()):
+    for number, (row, count) in enumerate(distinct_rows(rows)):
         members = [(TABLE_OF[feature], id) for feature, ids in row.items() for id in ids]
         for member in members:
             context = [o for o in members if o[0] != member[0] and (not fields or o[0] in fields)]
             for element in [number] if name == "rows-minhash" else context:
                 sets[member][element] += count
     if not weighted:
-        sets = {member: Counter(dict.fromkeys(elements, 1)) for member, elements in sets.items()}  # type: ignore[assignment]
+        for member, elements in sets.items():
+            sets[member] = Counter(dict.fromkeys(elements, 1))
+    return sets
+
+
+def plain_jaccard(a: Counter, b: Counter) -> float:
+    return (a & b).total() / (a | b).total() if a | b else 0.0
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["sets", "weighted"])
+@pytest.mark.parametrize(
+    "name, fields", [("rows-minhash", ()), ("context-minhash", ()), ("context-minhash", ("t_tag",))]
+)
+def test_similarity_is_the_jaccard_of_sets_in_plain_python(
+    name: str, fields: tuple[str, ...], weighted: bool, monkeypatch
+) -> None:
+    sets = plain_sets(name, fields, weighted)
+    monkeypatch.setattr(observed_module, "BLOCK_KEYS", 50)
     ids = observed()
     similarity = Similarity(ids, {"name": name, "weighted": weighted, "fields": list(fields)})
     members = [(ids.tables[table], id) for table, id in zip(ids.table.tolist(), ids.ids.tolist())]
     above = 0
     for a in range(0, len(members), 7):
-        for b in range(0, len(members), 5):
-            of_a, of_b = sets.get(members[a], Counter()), sets.get(members[b], Counter())
-            smaller, larger = (of_a & of_b).total(), (of_a | of_b).total()
-            expected = smaller / larger if larger else 0.0
-            assert similarity(a, b) == pytest.approx(expected)
-            above += 0 < expected < 1
+        others = torch.arange(0, len(members), 5)
+        expected = [plain_jaccard(sets[members[a]], sets[members[b]]) for b in others.tolist()]
+        assert similarity(a, others).tolist() == pytest.approx(expected)
+        above += sum(0 < one < 1 for one in expected)
     assert above > 20
+
+
+def test_similarity_is_that_of_the_rows_that_the_source_takes() -> None:
+    """As many rows are observed as the table that takes most of them needs; each source has its own first ones."""
+    few, many = observed_sample(20), observed_sample(None)
+    measure_few = Similarity(few, SOURCE.to_dict())
+    measure_many = Similarity(many, replace(SOURCE, max_rows=20).to_dict())
+    members = [(few.tables[table], id) for table, id in zip(few.table.tolist(), few.ids.tolist())]
+    in_many = torch.tensor([many.find(*member) for member in members])
+    above = 0
+    for a in range(len(members)):
+        expected = measure_few(a, torch.arange(len(members)))
+        assert torch.equal(measure_many(int(in_many[a]), in_many), expected)
+        above += int((expected > 0).sum())
+    assert above > len(members)
 
 
 # The report.
@@ -235,9 +271,41 @@ def test_bytes_by_part_are_the_budget(allocation: Allocation, inspection: Inspec
     assert of_tables == pytest.approx(of_memories, abs=len(TABLES))
 
 
-@pytest.mark.parametrize("table, id", [("t_user", 3), ("t_item", 5 * 2**40), ("t_tag", 4), ("t_item", -77)])
-def test_neighbours_are_those_with_most_equal_addresses(allocation: Allocation, table: str, id: int) -> None:
+ASKED = [("t_user", 3), ("t_item", 5 * 2**40), ("t_tag", 4), ("t_item", -77)]
+
+
+@pytest.mark.parametrize("table, id", ASKED)
+@pytest.mark.parametrize(
+    "source",
+    [SOURCE, ContextMinHash(min_support=1), replace(SOURCE, within_table=True)],
+    ids=["rows", "context", "own"],
+)
+def test_most_similar_ids_are_those_of_the_highest_jaccard(source, table: str, id: int) -> None:
+    allocation = built(source)
     (found,) = inspect(allocation, observed(), [(table, id)], top=8).neighbours
+    memory = next(memory for memory in allocation.memories if table in memory.tables)
+    sets, expected = plain_sets(source.NAME), []
+    for other in occurrences():
+        compared = other[0] == table if source.within_table else other[0] in memory.tables
+        jaccard = plain_jaccard(sets[table, id], sets[other])
+        if compared and other != (table, id) and jaccard > 0:
+            expected.append(jaccard)
+    if found.count:
+        assert found.by_similarity
+        assert [one.similarity for one in found.similar] == pytest.approx(sorted(expected, reverse=True)[:8])
+    own = addresses(allocation, table, id)
+    for one in found.similar:
+        row = addresses(allocation, one.table, one.id)
+        assert sum(a == b for a, b in zip(own, row)) / len(own) == one.shared
+        if one.similarity is not None:
+            assert one.similarity == pytest.approx(plain_jaccard(sets[table, id], sets[one.table, one.id]))
+
+
+@pytest.mark.parametrize("table, id", ASKED)
+def test_where_similarity_is_not_known_ids_that_share_most_memory_are_listed(table: str, id: int) -> None:
+    allocation = built(source=None)
+    inspection = inspect(allocation, observed(), [(table, id)], top=8)
+    (found,) = inspection.neighbours
     memory = next(memory for memory in allocation.memories if table in memory.tables)
     own = addresses(allocation, table, id)
     expected = []
@@ -247,12 +315,10 @@ def test_neighbours_are_those_with_most_equal_addresses(allocation: Allocation, 
             if shared:
                 expected.append((-shared, -count))
     assert [(-s.shared, -s.count) for s in found.similar] == sorted(expected)[:8]
-    for similar in found.similar:
-        row = addresses(allocation, similar.table, similar.id)
-        assert sum(a == b for a, b in zip(own, row)) / len(own) == similar.shared
+    assert all(s.similarity is None for s in found.similar) and not found.by_similarity
+    assert "its similarity is not known" in str(inspection)
     assert found.count == occurrences()[table, id]
     assert (found.kind == "dedicated") == (len(found.similar) == 0)
-    assert all((s.similarity is None) == (found.count == 0) for s in found.similar)
 
 
 BY_TABLE = {"t_user": ContextMinHash(power=2, num_values=16), "t_item": ContextMinHash(power=1, num_values=8)}
@@ -271,15 +337,7 @@ BY_TABLE = {"t_user": ContextMinHash(power=2, num_values=16), "t_item": ContextM
 )
 def test_shared_memory_follows_the_theorem(source, n_sources: int) -> None:
     """Enough signatures for pairs of every similarity: their mean is J ** power + (1 - J ** power) / rows."""
-    generator = torch.Generator().manual_seed(3)
-    rows = []
-    for _ in range(3000):
-        group = int(torch.randint(0, 40, (1,), generator=generator))
-        loyal = torch.rand(3, generator=generator) < torch.tensor([0.9, 0.7, 0.5])
-        other = torch.randint(0, 40, (3,), generator=generator).tolist()
-        user, item, tag = (group if stays else stray for stays, stray in zip(loyal.tolist(), other))
-        # Pairs of twins, so that ids of one table are similar as well.
-        rows.append({"user": [user + 40 * (len(rows) % 2)], "item": [item], "day": [len(rows)], "tag": [tag]})
+    rows = grouped_rows()
     config = LMAConfig(memory_bytes=1 << 20, chunk_dim=1, seed=CONFIG.seed)
     builder = AllocationBuilder(TABLES, config, source=source, dedicated_fraction=0.0, signature_fraction=0.5)
     allocation = builder.update(kjt(rows)).build()
@@ -295,7 +353,60 @@ def test_shared_memory_follows_the_theorem(source, n_sources: int) -> None:
         assert abs((shared - expected).mean()) < 10 * error
         assert len(pairs.bins) >= 2
         for one in pairs.bins:
-            assert abs(one["shared"] - one["theory"]) < 10 * one["error"] + 1e-9
+            assert abs(one["shared"] - one["theory"]) < 3 * one["error_at_most"] + 1e-9
+
+
+def grouped_rows(n: int = 3000) -> list[Row]:
+    """Users, items and tags of 40 groups that stay together more or less often, in pairs of twins."""
+    generator = torch.Generator().manual_seed(3)
+    rows = []
+    for number in range(n):
+        group = int(torch.randint(0, 40, (1,), generator=generator))
+        loyal = torch.rand(3, generator=generator) < torch.tensor([0.9, 0.7, 0.5])
+        other = torch.randint(0, 40, (3,), generator=generator).tolist()
+        user, item, tag = (group if stays else stray for stays, stray in zip(loyal.tolist(), other))
+        # Pairs of twins, so that ids of one table are similar as well.
+        rows.append({"user": [user + 40 * (number % 2)], "item": [item], "day": [number], "tag": [tag]})
+    return rows
+
+
+def test_pairs_are_of_every_similarity_there_is() -> None:
+    """Most ids are without a signature, and those that have one share nothing with most others."""
+    rows = grouped_rows(1500)
+    rows += [{"user": [1000 + n], "item": [1000 + n], "day": [], "tag": [5000 + 7 * n]} for n in range(1500)]
+    source = RowsMinHash(power=1, num_values=2, min_support=2)
+    config = LMAConfig(memory_bytes=1 << 20, seed=CONFIG.seed)
+    builder = AllocationBuilder(TABLES, config, source=source, dedicated_fraction=0.0)
+    inspection = inspect(builder.update(kjt(rows)).build(), observed(rows))
+    (pairs,) = inspection.memories[0].pairs
+    sets = {member: elements for member, elements in plain_sets(source.NAME, rows=rows).items() if len(elements) > 1}
+    members = [member for member in sets if member[0] != "t_day"]
+    there = [plain_jaccard(sets[a], sets[b]) for n, a in enumerate(members) for b in members[:n]]
+    for low in range(10):
+        in_data = sum(low <= 10 * one < low + 1 for one in there)
+        sampled = sum(low <= 10 * one < low + 1 for one in pairs.similarity)
+        assert min(in_data, 40) <= sampled <= measure.PAIRS_PER_BIN
+    assert sum(one < 0.1 for one in pairs.similarity) < len(pairs.similarity) / 2
+
+
+def test_the_error_of_a_mean_is_no_larger_than_said_over_allocations() -> None:
+    """All pairs of one allocation see the same K hash functions, so only over seeds can the error be measured."""
+    rows, deviations = grouped_rows(500), defaultdict(list)
+    source = RowsMinHash(power=1, num_values=4)
+    for seed in range(12):
+        config = LMAConfig(memory_bytes=1 << 20, seed=seed)
+        allocation = (
+            AllocationBuilder(TABLES, config, source, dedicated_fraction=0.0, signature_fraction=0.5)
+            .update(kjt(rows))
+            .build()
+        )
+        for one in inspect(allocation, ObservedIds([kjt(rows)], TABLE_OF, seed)).memories[0].pairs[0].bins:
+            theory = one["theory"]
+            assert one["error_at_most"] <= (theory * (1 - theory) / 4) ** 0.5 + 1e-9
+            deviations[int(10 * one["similarity"])].append((one["shared"] - theory) / one["error_at_most"])
+    for several in deviations.values():
+        if len(several) > 6:
+            assert (sum(one**2 for one in several) / len(several)) ** 0.5 < 1.3
 
 
 def test_there_are_no_pairs_without_a_source_or_without_data(allocation: Allocation) -> None:
@@ -327,7 +438,7 @@ def test_ids_observed_for_another_allocation_are_refused(allocation: Allocation)
 
 
 def test_a_sample_is_not_reported_as_the_data(allocation: Allocation, inspection: Inspection) -> None:
-    sample = ObservedIds([kjt(ROWS)], TABLE_OF, CONFIG.seed, max_rows=20)
+    sample = observed_sample(20)
     sampled = inspect(allocation, sample)
     of_all = [(t.table, t.seen, t.dedicated, t.with_signature, t.hashed) for t in inspection.tables]
     assert [(t.table, t.seen, t.dedicated, t.with_signature, t.hashed) for t in sampled.tables] == of_all
@@ -426,6 +537,97 @@ def test_a_page_that_cannot_be_written_leaves_nothing(files, tmp_path: Path, cap
     assert [file.name for file in tmp_path.iterdir()] == ["page.html"]
 
 
+@pytest.fixture
+def no_pass(monkeypatch) -> None:
+    def observe(*_) -> None:
+        raise AssertionError("the data were read")
+
+    monkeypatch.setattr(command, "_observe", observe)
+
+
+def test_a_page_that_cannot_be_written_is_refused_before_the_data_are_read(
+    files, tmp_path: Path, no_pass, monkeypatch, capsys
+) -> None:
+    path, data = files
+    page = tmp_path / "none" / "page.html"
+    assert cli.main(["inspect", path, *data, "--html", str(page)]) == 2
+    assert f"{page} cannot be written: there is no directory" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert cli.main(["inspect", path, *data, "--html", str(tmp_path / "page.html")]) == 2
+    assert "torchrec_lma[plot]" in capsys.readouterr().err
+
+
+def test_the_report_is_printed_even_if_the_page_fails(files, tmp_path: Path, monkeypatch, capsys) -> None:
+    def full(*_) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "temporary name")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    page = tmp_path / "page.html"
+    assert cli.main(["inspect", files[0], "--html", str(page)]) == 2
+    out, err = capsys.readouterr()
+    assert "fingerprint" in out and f"No space left on device: '{page}'" in err
+
+
+def test_a_name_that_ends_in_png_gets_the_plots(files, tmp_path: Path, capsys) -> None:
+    path, data = files
+    assert cli.main(["inspect", path, *data, "--html", str(tmp_path / "plots.png")]) == 0
+    assert (tmp_path / "plots.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_labels_are_not_looked_at(tmp_path: Path, files, capsys) -> None:
+    frame = pd.DataFrame({"label": ["no label"] * len(ROWS)} | {f: [row[f] for row in ROWS] for f in TABLE_OF})
+    frame.to_parquet(tmp_path / "data.parquet")
+    data = ["--data", str(tmp_path / "data.parquet"), "--categorical", *TABLE_OF]
+    for label in ([], ["--label", "label"]):
+        assert cli.main(["inspect", files[0], *data, *label]) == 0, capsys.readouterr().err
+
+
+def test_other_rows_than_the_allocation_was_built_from_are_said(files, allocation: Allocation, capsys) -> None:
+    path, data = files
+    assert inspect(allocation, observed()).warning() is None and inspect(allocation).warning() is None
+    assert cli.main(["inspect", path, *data]) == 0
+    said = rf"warning: the data have \d+ training rows, the allocation was built from {len(ROWS)}: "
+    assert re.search(said, capsys.readouterr().out)
+    assert "warning: " in str(inspect(allocation, observed(ROWS[:100])))
+    assert "other data" in inspect(allocation, observed(ROWS[:100])).to_dict()["warning"]
+
+
+STRINGS = ["F", "M", "85711", "40"]
+
+
+def test_ids_are_asked_for_as_they_stand_in_the_data(tmp_path: Path, capsys) -> None:
+    """The text of a string column, digits included, and of an integer column the integer."""
+    frame = pd.DataFrame({"text": STRINGS * 50, "number": [40, 50] * 100})
+    frame.to_parquet(tmp_path / "data.parquet")
+    data = ["--data", str(tmp_path / "data.parquet"), "--categorical", "text", "number"]
+    out = str(tmp_path / "allocation.safetensors")
+    frame.assign(label=0).to_parquet(tmp_path / "data.parquet")
+    assert cli.main(["allocate", *data, "--label", "label", "--compression", "1", "--out", out]) == 0
+    capsys.readouterr()
+    asked = [f"t_text={text}" for text in STRINGS] + ["t_number=50", "t_text=none"]
+    assert cli.main(["inspect", out, *data, "--json", *(f"--id={one}" for one in asked)]) == 0
+    found = json.loads(capsys.readouterr().out)["neighbours"]
+    hashes = pd.util.hash_array(np.array([*STRINGS, "none"], object)).view(np.int64).tolist()
+    assert [one["id"] for one in found] == [*hashes[:4], 50, hashes[4]]
+    assert [one["count"] > 0 for one in found] == [True] * 5 + [False]
+
+
+def test_ids_of_criteo_are_asked_for_in_hexadecimal(tmp_path: Path, capsys) -> None:
+    values = ["68fd1e64", "10203040", "fedcba9876543210"]
+    lines = ["\t".join(["0"] + ["1"] * 13 + [values[n % 3]] * 26) for n in range(60)]
+    (tmp_path / "day").write_text("\n".join(lines) + "\n")
+    data, out = ["--data", str(tmp_path / "day"), "--format", "criteo"], str(tmp_path / "allocation.safetensors")
+    assert cli.main(["allocate", *data, "--compression", "1", "--out", out]) == 0
+    capsys.readouterr()
+    asked = [*(f"--id=t_C1={value}" for value in values), f"--id=t_C1={0x68FD1E64}"]
+    assert cli.main(["inspect", out, *data, "--json", *asked]) == 0
+    found = json.loads(capsys.readouterr().out)["neighbours"]
+    assert [one["id"] % 2**64 for one in found] == [int(value, 16) for value in values] + [0x68FD1E64]
+    assert all(one["count"] for one in found)
+    assert cli.main(["inspect", out, *data, "--id", "t_C1=xyz"]) == 2
+    assert "neither hexadecimal" in capsys.readouterr().err
+
+
 def test_without_matplotlib_the_page_is_refused(files, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert cli.main(["inspect", files[0], "--html", str(tmp_path / "page.html")]) == 2
@@ -438,8 +640,7 @@ def test_without_matplotlib_the_page_is_refused(files, tmp_path: Path, monkeypat
     [
         (["--id", "t_nobody=4"], "no table 't_nobody' in the allocation; it has t_user, t_item, t_tag, t_day"),
         (["--id", f"t_user={2**63}"], f"id {2**63} of table 't_user' is no int64"),
-        (["--id", "t_user"], "--id 't_user' is not TABLE=ID with an integer"),
-        (["--id", "t_user=4.5"], "--id 't_user=4.5' is not TABLE=ID with an integer"),
+        (["--id", "t_user"], "--id 't_user' is not TABLE=VALUE"),
         (["--id", "t_user=4", "--top", "0"], "top must be at least 1, got 0"),
     ],
 )

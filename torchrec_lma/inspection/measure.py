@@ -24,7 +24,10 @@ from torchrec_lma.inspection.report import (
 
 BLOCK_IDS = 1 << 16
 COUNTERS = 1 << 25  # of chunks that are counted at once: 128 MiB
-CANDIDATE_PAIRS, PAIRS_PER_BIN, BINS = 6000, 150, 10
+BINS, PAIRS_PER_BIN = 10, 150  # tenths of similarity, and pairs wanted in each
+FIRST_IDS, PAIRS_PER_ID, RANDOM_PARTNERS = 200, 5, 2  # ids whose pairs are measured; of each: in a bin, by chance
+# Keys of rows that are read: for the pairs of one id, for all pairs, for the most similar ids of one.
+PAIR_KEYS, ALL_PAIR_KEYS, NEIGHBOUR_KEYS = 1 << 16, 1 << 26, 1 << 25
 HASHED, SIGNATURE, DEDICATED = range(3)
 KINDS = ("hashed", "signature", "dedicated")
 
@@ -59,7 +62,9 @@ def inspect(
             top below 1.
     """
     for table, id in ids:
-        _check_id(allocation, table, id)
+        check_table(allocation, table)
+        if not -(2**63) <= id < 2**63:
+            raise ValueError(f"id {id} of table {table!r} is no int64; give an integer in [-2**63, 2**63)")
     if observed is not None and (
         observed.seed != allocation.config.seed or set(observed.tables) != {spec.name for spec in allocation.tables}
     ):
@@ -103,12 +108,11 @@ def inspect(
     )
 
 
-def _check_id(allocation: Allocation, table: str, id: int) -> None:
+def check_table(allocation: Allocation, table: str) -> None:
+    """Raises ValueError if the allocation has no such table."""
     names = [spec.name for spec in allocation.tables]
     if table not in names:
         raise ValueError(f"no table {table!r} in the allocation; it has {', '.join(names)}")
-    if not -(2**63) <= id < 2**63:
-        raise ValueError(f"id {id} of table {table!r} is no int64; give an integer in [-2**63, 2**63)")
 
 
 def _parts(allocation: Allocation, memory: MemoryAllocation) -> dict[str, int]:
@@ -241,41 +245,40 @@ def _pairs(
         items = items[torch.cat(kinds) == SIGNATURE] if kinds else items
         if items.numel() < 2:
             continue
-        pairs = _candidates(observed, items, torch.Generator().manual_seed(seed))
-        if source.get("within_table"):
-            pairs = pairs[observed.table[pairs[:, 0]] == observed.table[pairs[:, 1]]]
-        measure = Similarity(observed, source)
-        similarity = torch.tensor([measure(a, b) for a, b in pairs.tolist()], dtype=torch.float64)
-        bin_of = (similarity * BINS).long().clamp(max=BINS - 1)
-        chosen = torch.cat([(bin_of == b).nonzero().squeeze(1)[:PAIRS_PER_BIN] for b in range(BINS)])
-        if not chosen.numel():
+        first, second, similarity = _sampled_pairs(observed, source, items, torch.Generator().manual_seed(seed))
+        if not first.numel():
             continue
-        pairs, similarity, bin_of = pairs[chosen], similarity[chosen], bin_of[chosen]
         num_values = min(source["num_values"], memory.signatures.size(1))
-        a, b = (_rows(addressing, observed, pairs[:, side]) for side in (0, 1))
+        a, b = _rows(addressing, observed, first), _rows(addressing, observed, second)
         shared = (a == b).to(torch.float64).mean(0)
         yield Pairs(
             source=source,
+            num_values=num_values,
             similarity=tuple(similarity.tolist()),
             shared=tuple(shared.tolist()),
-            bins=tuple(_bins(similarity, shared, bin_of, source["power"], num_values, addressing.shared_rows)),
+            bins=tuple(_bins(similarity, shared, source["power"], num_values, addressing.shared_rows)),
             shared_rows=addressing.shared_rows,
         )
 
 
+def _bin_of(similarity: Tensor) -> Tensor:
+    return (similarity * BINS).long().clamp(max=BINS - 1)
+
+
 def _bins(
-    similarity: Tensor, shared: Tensor, bin_of: Tensor, power: int, num_values: int, shared_rows: int
+    similarity: Tensor, shared: Tensor, power: int, num_values: int, shared_rows: int
 ) -> Iterator[dict[str, float]]:
-    expected = expected_sharing(similarity, power, shared_rows)
+    expected, bin_of = expected_sharing(similarity, power, shared_rows), _bin_of(similarity)
     for b in bin_of.unique().tolist():
         in_bin = bin_of == b
-        n, theory = int(in_bin.sum()), expected[in_bin]
+        theory = expected[in_bin]
         yield {
-            "pairs": n,
+            "pairs": int(in_bin.sum()),
             "similarity": similarity[in_bin].mean().item(),
             "shared": shared[in_bin].mean().item(),
-            # Chunks of one signature value agree together, so a pair is num_values coins, not n_chunks.
-            "error": (theory * (1 - theory) / num_values).sum().sqrt().item() / n,
+            # A pair is num_values coins, not n_chunks: chunks of one signature value agree together. All pairs see
+            # the same hash functions, so their mean can be as far off as one pair, and never farther.
+            "error_at_most": (theory * (1 - theory) / num_values).mean().sqrt().item(),
             "theory": theory.mean().item(),
         }
 
@@ -285,69 +288,82 @@ def _rows(addressing: MemoryAddressing, observed: ObservedIds, items: Tensor) ->
     return addressing(observed.ids[items], observed.salts[observed.table[items]], 0, addressing.n_chunks)
 
 
-def _candidates(observed: ObservedIds, items: Tensor, random: torch.Generator) -> Tensor:
-    """int64 [P, 2], distinct pairs of different ids: from one row, from two rows with an id in common, at random."""
-
-    def draw(starts: Tensor, ends: Tensor) -> Tensor:
-        """For each range a position in it."""
-        return starts + (torch.rand(starts.numel(), generator=random, dtype=torch.float64) * (ends - starts)).long()
-
-    def occurrence(item: Tensor) -> Tensor:
-        """For each id the position of one of its occurrences."""
-        return observed.occurrences[draw(observed.starts[item], observed.starts[item + 1])]
-
-    def in_row(row: Tensor) -> Tensor:
-        """For each row an id in it."""
-        return observed.item[draw(observed.row_starts[row], observed.row_starts[row + 1])]
-
+def _sampled_pairs(
+    observed: ObservedIds, source: dict[str, Any], items: Tensor, random: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Distinct pairs of the given ids, int64 [P] and int64 [P], of every similarity that there is, float64 [P]."""
+    measure = Similarity(observed, source)
+    among = torch.zeros_like(observed.ids, dtype=torch.bool).index_fill_(0, items, True)
+    room = [PAIRS_PER_BIN] * BINS
+    pairs, similarities, keys = [], [], 0
     # Each id as often as any other, so that rare ids, which have the higher similarities, are among them.
-    first = items[torch.randint(items.numel(), (3 * CANDIDATE_PAIRS,), generator=random)]
-    row = observed.row[occurrence(first)]
-    one_row, two_rows, anywhere = torch.arange(first.numel()).chunk(3)
-    second = torch.empty_like(first)
-    second[one_row] = in_row(row[one_row])
-    second[two_rows] = in_row(observed.row[occurrence(in_row(row[two_rows]))])
-    second[anywhere] = items[torch.randint(items.numel(), (anywhere.numel(),), generator=random)]
-    kept = torch.isin(second, items) & (first != second)
-    pairs = torch.stack([torch.minimum(first, second), torch.maximum(first, second)], dim=1)[kept]
-    pairs = torch.unique(pairs, dim=0)
-    return pairs[torch.randperm(pairs.size(0), generator=random)][:CANDIDATE_PAIRS]
+    for first in items[torch.randperm(items.numel(), generator=random)][:FIRST_IDS].tolist():
+        if keys > ALL_PAIR_KEYS:
+            break
+        among[first] = False  # so that no pair comes twice
+        unrelated = items[torch.randint(items.numel(), (RANDOM_PARTNERS,), generator=random)]
+        if source.get("within_table"):
+            unrelated = unrelated[observed.table[unrelated] == observed.table[first]]
+        second = torch.cat([measure.related(first, among, PAIR_KEYS), unrelated[among[unrelated]]]).unique()
+        second = second[torch.randperm(second.numel(), generator=random)]
+        similarity = measure(first, second)
+        keys += int(measure.keys[first] + measure.keys[second].sum())
+        bin_of = _bin_of(similarity)
+        for b in bin_of.unique().tolist():
+            # Few of one id, and no more of those that share nothing than of the others.
+            chosen = (bin_of == b).nonzero().squeeze(1)[: min(PAIRS_PER_ID, room[b])]
+            room[b] -= chosen.numel()
+            pairs.append(torch.stack([torch.full_like(chosen, first), second[chosen]]))
+            similarities.append(similarity[chosen])
+    if not pairs:
+        return items[:0], items[:0], torch.empty(0, dtype=torch.float64)
+    return *torch.cat(pairs, dim=1), torch.cat(similarities)
 
 
 def _neighbours(
     allocation: Allocation, addressing: Addressing, observed: ObservedIds, table: str, id: int, top: int
 ) -> Neighbours:
+    """The ids of the same memory that are most similar, or where the data do not tell that, that share most of it."""
     memory = next(memory for memory in allocation.memories if table in memory.tables)
     one = addressing[memory.name]
     ids, salts = torch.tensor([id]), torch.tensor([table_salt(allocation.config.seed, table)])
-    wanted, kind = one(ids, salts, 0, one.n_chunks), KINDS[int(_kinds(one, ids, salts))]
+    wanted = one(ids, salts, 0, one.n_chunks)  # (chunks, 1)
     item = observed.find(table, id)
     items = _items_of(observed, memory.tables)
     if item is not None:
         items = items[items != item]
-    best, shares = items[:0], torch.empty(0)
-    for part in items.split(BLOCK_IDS):
-        shared = (_rows(one, observed, part) == wanted).float().mean(0)
-        best, shares = torch.cat([best, part]), torch.cat([shares, shared])
-        # The most shared memory first; of equal ones the most frequent id.
-        order = torch.argsort(observed.count[best], descending=True, stable=True)
-        order = order[torch.argsort(shares[order], descending=True, stable=True)][:top]
-        best, shares = best[order], shares[order]
-    best, shares = best[shares > 0], shares[shares > 0]
     source = source_of(allocation, table)
-    measure = Similarity(observed, source) if source is not None and Similarity.known(source) else None
-    similar = []
-    for other, share in zip(best.tolist(), shares.tolist()):
-        found = torch.tensor([other])
-        other_table = observed.tables[int(observed.table[other])]
-        similar.append(
+    similarity = None
+    if item is not None and source is not None and Similarity.known(source):
+        measure = Similarity(observed, source)
+        among = torch.zeros_like(observed.ids, dtype=torch.bool).index_fill_(0, items, True)
+        items = measure.related(item, among, NEIGHBOUR_KEYS)
+        similarity = measure(item, items)
+    shares = [(_rows(one, observed, part) == wanted).double().mean(0) for part in items.split(BLOCK_IDS)]
+    shared = torch.cat(shares)
+    by = shared if similarity is None else similarity
+    # Of ids that are alike in this, those that share more memory first, and of these the more frequent.
+    best = (by > 0).nonzero().squeeze(1)
+    for key in (observed.count[items], shared, by):
+        best = best[torch.argsort(key[best], descending=True, stable=True)]
+    best = best[:top]
+    kinds = _kinds(one, observed.ids[items[best]], observed.salts[observed.table[items[best]]])
+    return Neighbours(
+        table=table,
+        id=id,
+        kind=KINDS[int(_kinds(one, ids, salts))],
+        count=int(observed.count[item]) if item is not None else 0,
+        compared=items.numel(),
+        by_similarity=similarity is not None,
+        similar=tuple(
             SimilarId(
-                table=other_table,
-                id=int(observed.ids[other]),
-                kind=KINDS[int(_kinds(one, observed.ids[found], observed.salts[observed.table[found]]))],
-                count=int(observed.count[other]),
-                shared=share,
-                similarity=measure(item, other) if measure is not None and item is not None else None,
+                table=observed.tables[int(observed.table[items[i]])],
+                id=int(observed.ids[items[i]]),
+                kind=KINDS[kind],
+                count=int(observed.count[items[i]]),
+                shared=shared[i].item(),
+                similarity=similarity[i].item() if similarity is not None else None,
             )
-        )
-    return Neighbours(table, id, kind, int(observed.count[item]) if item is not None else 0, tuple(similar))
+            for i, kind in zip(best.tolist(), kinds.tolist())
+        ),
+    )

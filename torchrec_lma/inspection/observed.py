@@ -1,10 +1,8 @@
 """The ids of training rows, and how similar they truly are."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -14,6 +12,7 @@ from torchrec_lma.allocation.sample import RowSample
 from torchrec_lma.hashing import mix64, table_salt, unmix64
 
 MAX_ROWS = 1 << 20
+BLOCK_KEYS = 1 << 20
 
 
 class ObservedIds:
@@ -89,56 +88,120 @@ class ObservedIds:
         found = ((self.ids == id) & (self.table == self.tables.index(table))).nonzero()
         return int(found[0]) if found.numel() else None
 
-    def rows_of(self, item: int) -> Tensor:
-        """int64, the distinct rows with an id, ascending."""
-        positions = self.occurrences[self.starts[item] : self.starts[item + 1]]
-        return torch.unique_consecutive(self.row[positions])
-
 
 class Similarity:
     """The similarity whose MinHash a source takes: sum of min over sum of max of two ids' weighted sets (Jaccard).
 
     Args:
-        observed: the ids.
-        source: the source's record in the allocation's provenance.
+        observed: the ids, of at least as many rows as the source takes.
+        source: the source's record in the allocation's provenance. Sets are of its own first `max_rows` rows, which
+            are fewer than those observed where another table's source takes more.
+
+    Attributes:
+        keys: int64 [V], how many keys of rows are read to make each id's set.
     """
 
     def __init__(self, observed: ObservedIds, source: Mapping[str, Any]) -> None:
         self._observed = observed
         self._of_rows = source["name"] == "rows-minhash"
         self._weighted = source.get("weighted", False)
+        self._within_table = source.get("within_table", False)
+        self._max_rows = source.get("max_rows")
         fields: Sequence[str] = source.get("fields") or observed.tables
         self._context = torch.tensor([observed.tables.index(name) for name in fields if name in observed.tables])
-        self._set = lru_cache(maxsize=4096)(self._make_set)
+        self.keys = self._support = observed.starts.diff()
+        if not self._of_rows:
+            per_row = observed.row_starts.diff()
+            self.keys = torch.zeros_like(self._support).index_add_(0, observed.item, per_row[observed.row])
 
     @staticmethod
     def known(source: Mapping[str, Any] | None) -> bool:
         """Whether the data tell how similar ids are; for SimHash the vectors would be needed."""
         return source is not None and source["name"] in ("rows-minhash", "context-minhash")
 
-    def __call__(self, a: int, b: int) -> float:
-        """In [0, 1], of two of the observed ids."""
-        (keys_a, weights_a), (keys_b, weights_b) = self._set(a), self._set(b)
-        _, in_a, in_b = np.intersect1d(keys_a, keys_b, assume_unique=True, return_indices=True)
-        smaller = float(np.minimum(weights_a[in_a], weights_b[in_b]).sum())
-        either = float(weights_a.sum() + weights_b.sum()) - smaller
-        return smaller / either if either else 0.0
+    def __call__(self, item: int, others: Tensor) -> Tensor:
+        """float64 [n] in [0, 1], of one of the observed ids and others, int64 [n]."""
+        _, elements, weights = self._sets(torch.tensor([item]))
+        similarity = torch.zeros(others.numel(), dtype=torch.float64)
+        if not elements.numel():
+            return similarity
+        # Some ids at a time, so that the keys of their sets stay bounded.
+        block_of = self.keys[others].cumsum(0) // BLOCK_KEYS
+        sizes = torch.unique_consecutive(block_of, return_counts=True)[1].tolist()
+        for block in torch.arange(others.numel()).split(sizes):
+            which, found, theirs = self._sets(others[block])
+            position = torch.searchsorted(elements, found).clamp(max=elements.numel() - 1)
+            common = torch.where(elements[position] == found, torch.minimum(weights[position], theirs), 0)
+            smaller = torch.zeros(block.numel(), dtype=torch.float64).index_add_(0, which, common)
+            total = torch.zeros(block.numel(), dtype=torch.float64).index_add_(0, which, theirs)
+            similarity[block] = smaller / (weights.sum() + total - smaller)
+        return similarity
 
-    def _make_set(self, item: int) -> tuple[np.ndarray, np.ndarray]:
-        """Elements (rows, or other tables' ids) and their weights."""
+    def related(self, item: int, among: Tensor, max_keys: int) -> Tensor:
+        """Ids whose sets can have an element in common with an id's: candidates for the most similar.
+
+        Args:
+            item: one of the V observed ids.
+            among: bool [V], which ids are asked for.
+            max_keys: how many keys of rows are read to find candidates, and then to measure them, at most.
+        Returns:
+            int64 [n], in the order of the most equal numbers of rows: sets of other sizes are less similar.
+        """
         observed = self._observed
-        elements = rows = observed.rows_of(item)
+        elements = self._sets(torch.tensor([item]))[1]
+        if self._of_rows:
+            rows = elements[observed.row_starts.diff()[elements].cumsum(0) <= max_keys]
+        else:
+            # Those in few rows first: what most ids have in common tells little.
+            elements = elements[torch.argsort(self.keys[elements], stable=True)]
+            rows = self._rows(elements[self.keys[elements].cumsum(0) <= max_keys])[1].unique()
+        found = observed.item[_ranges(observed.row_starts, rows)[1]].unique()
+        found = found[among[found] & (found != item)]
+        if self._within_table:
+            found = found[observed.table[found] == observed.table[item]]
+        ratio = (self._support[found] / self._support[item]).log().abs()
+        found = found[torch.argsort(ratio, stable=True)]
+        return found[self.keys[found].cumsum(0) <= max_keys]
+
+    def _rows(self, items: Tensor) -> tuple[Tensor, Tensor]:
+        """Which of the items, int64 [N] ascending, and the distinct rows with it, int64 [N]."""
+        observed = self._observed
+        which, position = _ranges(observed.starts, items)
+        row = observed.row[observed.occurrences[position]]
+        if self._max_rows is not None:
+            used = row < self._max_rows  # rows are in the order of their hashes, as in the builder's sample
+            which, row = which[used], row[used]
+        # An id may stand in one row twice.
+        pair = torch.unique_consecutive(which * observed.rows_sampled + row)
+        return pair // observed.rows_sampled, pair % observed.rows_sampled
+
+    def _sets(self, items: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Which of the items, int64 [N] ascending; elements of its set (rows, or other tables' ids), int64 [N]
+        ascending for each; their weights, float64 [N]."""
+        observed = self._observed
+        which, row = self._rows(items)
+        n_elements, element = observed.rows_sampled, row
         if not self._of_rows:
-            starts, ends = observed.row_starts[rows], observed.row_starts[rows + 1]
-            lengths = ends - starts
-            last = lengths.cumsum(0)
-            positions = torch.repeat_interleave(starts - (last - lengths), lengths) + torch.arange(int(lengths.sum()))
-            elements = observed.item[positions]
-            table = observed.table[elements]
-            in_context = torch.isin(table, self._context) & (table != observed.table[item])
-            elements, rows = elements[in_context], observed.row[positions][in_context]
-        elements, which = torch.unique(elements, return_inverse=True)
-        weights = torch.ones_like(elements)
-        if self._weighted:
-            weights = torch.zeros_like(elements).index_add_(0, which, observed.row_count[rows])
-        return elements.numpy(), weights.numpy()
+            of, position = _ranges(observed.row_starts, row)
+            which, row, element, n_elements = which[of], row[of], observed.item[position], observed.ids.numel()
+            table = observed.table[element]
+            in_context = torch.isin(table, self._context) & (table != observed.table[items[which]])
+            which, row, element = which[in_context], row[in_context], element[in_context]
+        pair = which * n_elements + element
+        if items.numel() * n_elements <= 16 * pair.numel():  # counting is faster than sorting
+            weights = torch.bincount(pair, observed.row_count[row].double())
+            pair = weights.nonzero().squeeze(1)
+            weights = weights[pair]
+        else:
+            pair, inverse = torch.unique(pair, return_inverse=True)
+            weights = torch.zeros(pair.numel(), dtype=torch.float64).index_add_(
+                0, inverse, observed.row_count[row].double()
+            )
+        return pair // n_elements, pair % n_elements, weights if self._weighted else torch.ones_like(weights)
+
+
+def _ranges(starts: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Which of the groups, int64 [N] ascending, and the positions starts[group] .. starts[group + 1], int64 [N]."""
+    lengths = starts[groups + 1] - starts[groups]
+    which = torch.repeat_interleave(torch.arange(groups.numel()), lengths)
+    return which, torch.arange(which.numel()) + (starts[groups] - (lengths.cumsum(0) - lengths))[which]

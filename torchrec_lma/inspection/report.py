@@ -68,14 +68,16 @@ class Pairs:
 
     Attributes:
         source: the source's record.
+        num_values: K, values stored for each id: no more than the memory has chunks.
         similarity, shared: of each pair; `shared` is the share of chunks at equal addresses.
-        bins: for each tenth of similarity with pairs: their number, mean similarity and mean shared; the mean that
-            theory says, and its standard error for as many independent pairs. Those of one allocation are not: they
-            see the same few hash functions.
+        bins: for each tenth of similarity with pairs: their number, mean similarity and mean shared; the mean p that
+            theory says, and `error_at_most`, sqrt(p (1 - p) / K), the standard error of one pair. That of the mean is
+            no larger, and can be as large: all pairs of one allocation see the same K hash functions.
         shared_rows: where chance agreements fall.
     """
 
     source: Mapping[str, Any]
+    num_values: int
     similarity: tuple[float, ...]
     shared: tuple[float, ...]
     bins: tuple[dict[str, float], ...]
@@ -97,7 +99,8 @@ class InspectedMemory:
 
 @dataclass(frozen=True)
 class SimilarId:
-    """An id that shares memory with another; `similarity` is None where the data do not tell it."""
+    """An id beside another: the share of its memory that they have in common, and their similarity, None where the
+    data do not tell it."""
 
     table: str
     id: int
@@ -109,12 +112,19 @@ class SimilarId:
 
 @dataclass(frozen=True)
 class Neighbours:
-    """The ids that share most memory with a given one."""
+    """The ids that are most similar to a given one.
+
+    Attributes:
+        compared: how many ids were looked at; with similarity those that may have some.
+        by_similarity: else the data do not tell it, and these are the ids that share most memory.
+    """
 
     table: str
     id: int
     kind: str
     count: int
+    compared: int
+    by_similarity: bool
     similar: tuple[SimilarId, ...]
 
 
@@ -139,7 +149,7 @@ class Inspection:
     neighbours: tuple[Neighbours, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "warning": self.warning()}
 
     def __str__(self) -> str:
         parts = [self._head(), self.memory_table(), self.table_table(), self.load_table()]
@@ -152,7 +162,8 @@ class Inspection:
         settings = ", ".join(
             f"{key} {value:,}" if key != "compression" else f"{key} {value:g}" for key, value in values.items()
         )
-        return f"fingerprint {self.fingerprint}\n{settings}\n{self.about_source()}\n{self.about_data()}"
+        lines = [f"fingerprint {self.fingerprint}", settings, self.about_source(), self.about_data()]
+        return "\n".join(lines + [f"warning: {one}" for one in (self.warning(),) if one])
 
     def about_source(self) -> str:
         source = self.provenance.get("source")
@@ -173,6 +184,16 @@ class Inspection:
         if self.provenance.get("frequency") == "sketched":
             counted += f" in a sample of {self.provenance['rows_sampled']:,} distinct rows, of all rows there are more"
         return f"no data given: ids {counted}, loads of ids with a signature only"
+
+    def warning(self) -> str | None:
+        """What is wrong with the data for this allocation, if anything can be told."""
+        built_from = self.provenance.get("rows_seen")
+        if not built_from or self.rows_seen in (None, built_from):
+            return None
+        return (
+            f"the data have {self.rows_seen:,} training rows, the allocation was built from {built_from:,}: with other "
+            "data or another split, loads and similarities are not those that it was built for"
+        )
 
     def memory_table(self) -> str:
         parts = list(self.memories[0].bytes_by_part)
@@ -212,11 +233,19 @@ def describe_source(source: Mapping[str, Any]) -> str:
 
 def pairs_table(memory: str, pairs: Pairs) -> str:
     lines = [
-        (f"{b['similarity']:.3f}", f"{b['pairs']:.0f}", f"{b['shared']:.3f}", f"{b['error']:.3f}", f"{b['theory']:.3f}")
+        (f"{b['similarity']:.3f}", f"{b['pairs']:.0f}")
+        + tuple(f"{b[key]:.3f}" for key in ("shared", "theory", "error_at_most"))
         for b in pairs.bins
     ]
-    table = text_table(("Jaccard", "pairs", "shared", "std. error", "theory"), lines, left=0)
-    return f"{memory}: memory that pairs of ids share, by {pairs.source['name']}\n{table}"
+    table = text_table(("Jaccard", "pairs", "shared", "theory", "std. error at most"), lines, left=0)
+    return f"{memory}: memory that pairs of ids share, by {pairs.source['name']}\n{table}\n{about_error(pairs)}"
+
+
+def about_error(pairs: Pairs) -> str:
+    return (
+        f"The error is that of one pair, sqrt(p (1 - p) / {pairs.num_values}) for theory p: all pairs see the same "
+        f"{pairs.num_values} hash functions, so more pairs need not bring their mean closer."
+    )
 
 
 def neighbours_table(one: Neighbours) -> str:
@@ -227,4 +256,5 @@ def neighbours_table(one: Neighbours) -> str:
     ]
     seen = f"seen {one.count:,} times" if one.count else "not seen in the data"
     table = text_table(("table", "id", "kind", "seen", "shared memory", "Jaccard"), lines, left=2)
-    return f"{one.table}={one.id} ({one.kind}, {seen}) shares most memory with\n{table}"
+    found = "is most similar to" if one.by_similarity else "shares most memory, its similarity is not known, with"
+    return f"{one.table}={one.id} ({one.kind}, {seen}) {found}, of {one.compared:,} ids compared:\n{table}"
