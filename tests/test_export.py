@@ -224,7 +224,8 @@ def test_the_export_command_takes_a_file(tmp_path: Path) -> None:
     assert metadata_of(tmp_path / "model.pt")["dtype"] == "fp8"
 
 
-def test_a_factory_file_may_be_any_python_file(tmp_path: Path) -> None:
+def test_a_factory_file_may_be_any_python_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])  # the file's folder goes in front, and would stay there
     file = tmp_path / "torch.py"  # called like a package
     file.write_text(
         "from __future__ import annotations\n"
