@@ -24,12 +24,13 @@ import torch
 import torch.distributed as dist
 from faulty_train import Fault
 from torch import nn
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 
 import torchx_components.lma as lma
 from torchrec_lma.datasets import Vocabulary
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "benchmarks"))
+tensors = importlib.import_module("soak").tensors
 checkpointing = importlib.import_module("checkpointing")  # faulty_train has put their folder on the path
 train = importlib.import_module("train")
 Checkpoints = checkpointing.Checkpoints
@@ -314,25 +315,6 @@ def launch(
         text=True,
         env=inherited | environment,
     )
-
-
-def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """All tensors of the model and the optimizer, read on one process."""
-    whole = checkpoint.parent / f"whole-{checkpoint.name}.pt"
-    dcp_to_torch_save(checkpoint, whole)
-    found: dict[str, torch.Tensor] = {}
-
-    def walk(prefix: str, value: Any) -> None:
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                walk(f"{prefix}/{key}", inner)
-        elif isinstance(value, torch.Tensor):
-            found[prefix] = value
-
-    state = torch.load(whole, weights_only=False)
-    walk("model", state["model"])
-    walk("optimizer", state["optimizer"])
-    return found
 
 
 def assert_ended_alike(folder: Path, undisturbed: Path, checkpoint: str = "epoch-0002") -> None:

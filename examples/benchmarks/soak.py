@@ -160,17 +160,18 @@ def disturb(run: Run, minutes: float, kill_every: float, seed: int) -> list[dict
 
 def compare(mine: Path, theirs: Path) -> tuple[int, list[str]]:
     """How many tensors of model and optimizer two checkpoints have, and the names of those that differ in a bit."""
-    tensors = [_tensors(path) for path in (mine, theirs)]
-    names = tensors[0].keys() | tensors[1].keys()
+    sides = [tensors(path) for path in (mine, theirs)]
+    names = sides[0].keys() | sides[1].keys()
     different = [
         name
         for name in sorted(names)
-        if any(name not in side for side in tensors) or not torch.equal(tensors[0][name], tensors[1][name])
+        if any(name not in side for side in sides) or not torch.equal(sides[0][name], sides[1][name])
     ]
     return len(names), different
 
 
-def _tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint's model and optimizer, read on one process."""
     found: dict[str, torch.Tensor] = {}
 
     def walk(prefix: str, value: Any) -> None:
