@@ -5,10 +5,12 @@ import functools
 
 import numpy as np
 import pytest
+import test_modules
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from quantized_reference import decode, largest_error
+from test_modules import FEATURES, TABLE_OF
 from torch import Tensor, nn
 from torchrec.inference.modules import quantize_inference_model
 from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, PoolingType
@@ -27,31 +29,9 @@ from torchrec_lma.inference import (
 )
 from torchrec_lma.inference.rows import finer_dtypes
 
-FEATURES = ["user", "place", "item", "last_item"]
-TABLE_OF = {"user": "t_user", "place": "t_place", "item": "t_item", "last_item": "t_item"}
 CONFIG = LMAConfig(compression=6, chunk_dim=8, seed=2)
 BATCH_SIZE = 5
-
-
-def make_tables(
-    pooling: PoolingType = PoolingType.SUM, data_type: DataType = DataType.FP32, dims: tuple[int, int] = (16, 32)
-) -> list[EmbeddingBagConfig]:
-    """Two tables of the first dim (one with two features) around one of the second."""
-    return [
-        EmbeddingBagConfig(
-            name=name,
-            num_embeddings=size,
-            embedding_dim=dim,
-            feature_names=features,
-            pooling=pooling,
-            data_type=data_type,
-        )
-        for name, size, dim, features in (
-            ("t_user", 900, dims[0], ["user"]),
-            ("t_place", 300, dims[1], ["place"]),
-            ("t_item", 400, dims[0], ["item", "last_item"]),
-        )
-    ]
+make_tables = functools.partial(test_modules.make_tables, dims=(16, 32))
 
 
 def make_batch(
