@@ -1,116 +1,168 @@
-"""Which features a collection takes, and the checks of a batch that both the unsharded and the sharded one make."""
+"""The features of a collection, and the checks of a batch that come before any look-up."""
 
-from collections.abc import Collection, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import List
 
 import torch
+from torch import Tensor
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.modules.embedding_modules import get_embedding_names_by_table
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+ID_TYPES = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.uint64)
 
-def feature_tables(tables: Sequence[EmbeddingBagConfig]) -> dict[str, str]:
-    """The table of each feature, in table order. A table without feature names is fed by a feature of its own name.
 
-    Raises ValueError if one feature feeds two tables.
+@dataclass(frozen=True)
+class Slot:
+    """A feature of a logical table, which is one key of the output.
+
+    Attributes:
+        name: the key: the feature, or `feature@table` where a feature feeds several tables, as TorchRec names it.
+        feature: of the input.
+        table: the logical table.
+        dim: its embedding dim.
     """
-    table_of: dict[str, str] = {}
+
+    name: str
+    feature: str
+    table: str
+    dim: int
+
+
+def slots_of(tables: Sequence[EmbeddingBagConfig]) -> list[Slot]:
+    """Of all tables in order. A table without feature names is fed by a feature of its own name, as in TorchRec."""
     for table in tables:
-        for feature in table.feature_names or [table.name]:
-            if feature in table_of:
-                raise ValueError(
-                    f"feature {feature!r} feeds tables {table_of[feature]!r} and {table.name!r}; LMA tables take each "
-                    "feature once: repeat it in the KeyedJaggedTensor under a second name"
-                )
-            table_of[feature] = table.name
-    return table_of
+        if not table.feature_names:
+            table.feature_names = [table.name]
+    return [
+        Slot(name, feature, table.name, table.embedding_dim)
+        for table, names in zip(tables, get_embedding_names_by_table(list(tables)))
+        for name, feature in zip(names, table.feature_names)
+    ]
 
 
-def check_features(features: KeyedJaggedTensor, expected: Collection[str]) -> None:
-    """Raises ValueError if a feature is missing, unknown or given twice, or if a VBE batch lacks inverse indices."""
-    keys = features.keys()
-    if len(keys) != len(expected) or set(keys) != set(expected):
-        raise ValueError(
-            f"the KeyedJaggedTensor has features {list(keys)}, expected each of {list(expected)} once; "
-            f"missing {sorted(set(expected) - set(keys))}, unknown {sorted(set(keys) - set(expected))}"
+def to_int64(ids: Tensor, where: str) -> Tensor:
+    """Ids as int64, uint64 ones by their value.
+
+    Raises:
+        TypeError: ids that are not integers. ValueError: a uint64 beyond int64.
+    """
+    if ids.dtype not in ID_TYPES:
+        raise TypeError(
+            f"{where} has ids of {ids.dtype}; expected integers: cast them where the data is read, so that none is cut"
         )
+    if ids.dtype == torch.uint64:
+        ids = ids.view(torch.int64)
+        if not torch.compiler.is_compiling() and bool((ids < 0).any()):
+            largest = int(ids[ids < 0].max()) + 2**64
+            raise ValueError(
+                f"{where} has id {largest}, beyond int64; view uint64 hashes as int64, every int64 is an id"
+            )
+    return ids.to(torch.int64)
+
+
+def check_batch(features: KeyedJaggedTensor, needed: Sequence[str], is_weighted: bool) -> None:
+    """Raises ValueError or TypeError where looking up a batch would read the wrong ids or past their end.
+
+    Features that are not needed are not looked at, as in TorchRec.
+    """
+    keys = features.keys()
+    missing = sorted(set(needed) - set(keys))
+    if missing:
+        raise ValueError(f"the KeyedJaggedTensor lacks features {missing}; it has {list(keys)}")
+    if features.values().dtype not in ID_TYPES:
+        to_int64(features.values(), "the KeyedJaggedTensor")  # raises
+    lengths, n_ids = features.lengths(), features.values().numel()
+    if lengths.device.type == "cpu":  # elsewhere it would wait for the device; FBGEMM checks offsets there
+        if lengths.numel() and int(lengths.min()) < 0:
+            raise ValueError(f"the KeyedJaggedTensor has a negative length, {int(lengths.min())}; lengths are >= 0")
+        if int(lengths.sum()) != n_ids:
+            raise ValueError(
+                f"the KeyedJaggedTensor has lengths that add up to {int(lengths.sum())} and {n_ids} values; they must "
+                "be equal: check how the batch was cut"
+            )
+    if is_weighted:
+        weights = features.weights_or_none()
+        if weights is None:
+            raise ValueError(
+                "the collection was made with is_weighted=True but the KeyedJaggedTensor has no weights; give "
+                "KeyedJaggedTensor(weights=...) or make the collection unweighted"
+            )
+        if weights.numel() != n_ids:
+            raise ValueError(f"the KeyedJaggedTensor has {n_ids} values and {weights.numel()} weights; give one each")
     if features.variable_stride_per_key():
         inverse_indices = features.inverse_indices_or_none()
-        if inverse_indices is None or set(inverse_indices[0]) != set(keys):
+        if inverse_indices is None or not set(needed) <= set(inverse_indices[0]):
             given = None if inverse_indices is None else inverse_indices[0]
             raise ValueError(
                 "the KeyedJaggedTensor has a variable batch size per feature (VBE) and inverse_indices for "
-                f"{given}, expected them for each of {list(keys)}: they say which bag every row of the batch has; "
+                f"{given}, expected them for each of {list(needed)}: they say which bag every row of the batch has; "
                 "give KeyedJaggedTensor(inverse_indices=(keys, indices [features, B]))"
             )
 
 
-def normalize_weights(features: KeyedJaggedTensor, mean_features: Collection[str]) -> KeyedJaggedTensor:
-    """Turns weighted MEAN pooling into weighted SUM pooling, by dividing weights by the length of their bag.
+# The functions below are wrapped for torch.fx, which cannot look at keys while it traces, and they script.
 
-    A bag's embedding is then sum(w_i * e_i) / length under every sharding and on every device. Left to the libraries
-    it is not: FBGEMM's CPU backward of weighted MEAN lacks the division, and TorchRec's row-wise sharding divides by
-    the sum of the weights instead.
 
-    Args:
-        features: of a weighted collection.
-        mean_features: the features with MEAN pooling.
-    Raises:
-        ValueError: there are no weights.
-    """
-    weights = features.weights_or_none()
-    if weights is None:
-        raise ValueError(
-            "the collection was made with is_weighted=True but the KeyedJaggedTensor has no weights; give "
-            "KeyedJaggedTensor(weights=...) or make the collection unweighted"
-        )
-    if not mean_features:
+@torch.fx.wrap
+def checked(features: KeyedJaggedTensor, needed: List[str], is_weighted: bool) -> KeyedJaggedTensor:
+    """The batch itself, after `check_batch` where Python runs."""
+    if not torch.jit.is_scripting() and not torch.compiler.is_compiling():
+        check_batch(features, needed, is_weighted)
+    return features
+
+
+@torch.fx.wrap
+def take_features(features: KeyedJaggedTensor, names: List[str]) -> KeyedJaggedTensor:
+    """The named features in that order; a name may stand there twice. Inverse indices (VBE) are dropped."""
+    keys = features.keys()
+    if keys == names:
         return features
-    lengths = features.lengths()
-    is_mean = torch.tensor([key in mean_features for key in features.keys()]).to(lengths.device, non_blocking=True)
-    bags = torch.tensor(features.stride_per_key()).to(lengths.device, non_blocking=True)
-    is_mean = is_mean.repeat_interleave(bags, output_size=lengths.numel())
-    divisors = torch.where(is_mean, lengths, 1).repeat_interleave(lengths, output_size=weights.numel())
+    order: List[int] = []
+    for name in names:
+        if name not in keys:
+            raise ValueError(f"the KeyedJaggedTensor lacks feature {name}; it has {keys}")
+        order.append(keys.index(name))
+    return features.permute(order)
+
+
+@torch.fx.wrap
+def ids_per_feature(features: KeyedJaggedTensor) -> Tensor:
+    """int64 [F]."""
+    return torch.tensor(features.length_per_key(), dtype=torch.int64).to(features.values().device, non_blocking=True)
+
+
+@torch.fx.wrap
+def bag_ends(features: KeyedJaggedTensor) -> List[int]:
+    """Where the bags of each feature begin and end among all bags, [F + 1]."""
+    ends = [0]
+    for bags in features.stride_per_key():
+        ends.append(ends[-1] + bags)
+    return ends
+
+
+@torch.fx.wrap
+def bag_lengths(features: KeyedJaggedTensor, names: List[str]) -> Tensor:
+    """How many ids the bags of each named feature have, [B, F]; with VBE of the B rows that inverse indices spread."""
+    chosen = take_features(features, names)
+    if not torch.jit.is_scripting() and features.variable_stride_per_key():
+        keys, indices = features.inverse_indices()
+        of_feature = chosen.lengths().split(chosen.stride_per_key())
+        return torch.stack([bags[indices[keys.index(name)]] for name, bags in zip(names, of_feature)], dim=1)
+    return chosen.lengths().view(len(names), -1).t()
+
+
+@torch.fx.wrap
+def cast_weights(features: KeyedJaggedTensor, dtype: torch.dtype) -> KeyedJaggedTensor:
+    """The same batch with per-sample weights of this type."""
+    if features.weights().dtype == dtype:
+        return features
     return KeyedJaggedTensor(
         keys=features.keys(),
         values=features.values(),
-        weights=weights / divisors,
-        lengths=lengths,
-        offsets=features.offsets(),
-        **_strides(features),
-    )
-
-
-def reorder_inverse_indices(features: KeyedJaggedTensor, order: Sequence[str]) -> KeyedJaggedTensor:
-    """The same VBE batch with its inverse indices in the order of these keys."""
-    names, indices = features.inverse_indices()
-    places = torch.tensor([names.index(key) for key in order]).to(indices.device, non_blocking=True)
-    return _with_inverse_indices(features, (list(order), indices[places]))
-
-
-def permute(features: KeyedJaggedTensor, order: Sequence[str]) -> KeyedJaggedTensor:
-    """The same batch with its features in this order; KeyedJaggedTensor.permute itself drops the inverse indices."""
-    permuted = features.permute([features.keys().index(key) for key in order])
-    inverse_indices = features.inverse_indices_or_none()
-    return permuted if inverse_indices is None else _with_inverse_indices(permuted, inverse_indices)
-
-
-def _with_inverse_indices(
-    features: KeyedJaggedTensor, inverse_indices: tuple[list[str], torch.Tensor]
-) -> KeyedJaggedTensor:
-    return KeyedJaggedTensor(
-        keys=features.keys(),
-        values=features.values(),
-        weights=features.weights_or_none(),
+        weights=features.weights().to(dtype),
         lengths=features.lengths(),
-        offsets=features.offsets(),
-        **(_strides(features) | {"inverse_indices": inverse_indices}),
+        stride_per_key_per_rank=features.stride_per_key_per_rank() if features.variable_stride_per_key() else None,
+        inverse_indices=features.inverse_indices_or_none(),
     )
-
-
-def _strides(features: KeyedJaggedTensor) -> dict[str, Any]:
-    if not features.variable_stride_per_key():
-        return {"stride": features.stride()}
-    return {
-        "stride_per_key_per_rank": features.stride_per_key_per_rank(),
-        "inverse_indices": features.inverse_indices_or_none(),
-    }

@@ -1,4 +1,4 @@
-"""Integer hashing on int64 tensors: the arithmetic under every address.
+"""Integer hashing on int64 tensors: the arithmetic under every row.
 
 Only torch ops that exist on CPU and CUDA, trace under torch.fx and compile under TorchScript, so that training and
 scripted serving run this same code. int64 multiplication wraps modulo 2**64 on both devices; torch's `>>` on int64 is
@@ -35,21 +35,21 @@ def unmix64(x: Tensor) -> Tensor:
     return x ^ ((x >> 30) & 0x3FFFFFFFF) ^ ((x >> 60) & 0xF)
 
 
-def to_rows(x: Tensor, multipliers: Tensor, rows: int) -> Tensor:
-    """One independent row for each chunk from already mixed keys.
+def to_row(x: Tensor, multiplier: int, rows: int) -> Tensor:
+    """A row from already mixed keys, independent of those of other multipliers.
 
-    Multiply by the chunk's own odd constant, fold the well-mixed high half onto the low half, and reduce modulo
-    `rows`. The fold is what makes chunks independent: without it, keys that agree modulo a power of two would agree
-    on every chunk of a memory with that many rows. The reduction of 63 bits is biased by at most rows / 2**63.
+    Multiply by the level's own odd constant, fold the well-mixed high half onto the low half, and reduce modulo `rows`.
+    The fold is what makes levels independent: without it, keys that agree modulo a power of two would agree on every
+    level with that many rows. The reduction of 63 bits is biased by at most rows / 2**63.
 
     Args:
-        x: int64 [n_chunks, L] or [1, L], outputs of `mix64`.
-        multipliers: int64 [n_chunks], odd.
+        x: int64 [L], outputs of `mix64`.
+        multiplier: odd.
         rows: number of rows to choose from, >= 1.
     Returns:
-        int64 [n_chunks, L] in [0, rows).
+        int64 [L] in [0, rows).
     """
-    x = x * multipliers.unsqueeze(1)  # (n_chunks, L)
+    x = x * multiplier
     x = x ^ (x >> 32)
     return (x & 0x7FFFFFFFFFFFFFFF) % rows
 
@@ -65,6 +65,6 @@ def table_salt(seed: int, table: str) -> int:
     return salt("table", seed, table)
 
 
-def chunk_multipliers(seed: int, n_chunks: int) -> Tensor:
-    """int64 [n_chunks] odd constants; the first ones do not depend on how many there are."""
-    return torch.tensor([salt("chunk", seed, j) | 1 for j in range(n_chunks)], dtype=torch.int64)
+def level_multiplier(seed: int, level: int) -> int:
+    """The odd constant of a level."""
+    return salt("level", seed, level) | 1

@@ -1,24 +1,25 @@
 """Where the bytes of a collection go."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fbgemm_gpu.split_embedding_configs import EmbOptimType as OptimType
 
-from torchrec_lma.allocation import Allocation
+from torchrec_lma.allocation.artifact import Allocation
+from torchrec_lma.allocation.layout import bytes_per_value
 from torchrec_lma.text_table import text_table
 
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """Bytes of one memory, or of the whole collection, over all ranks together.
+    """Bytes of one memory or whole table, or of the whole collection, over all ranks together.
 
     Attributes:
-        name: of the memory, or "total".
-        rows: rows of the memory.
-        weight_bytes: the memory itself.
+        name: of the memory or whole table, or "total".
+        rows: of the TorchRec tables, all levels together.
+        weight_bytes: the tables themselves.
         optimizer_bytes: state of the fused or in-backward optimizer; 0 where the optimizer is not the collection's.
-        allocation_bytes: signatures and index of ids; a rank that looks up the memory holds a copy.
+        allocation_bytes: bitmaps, index of ids and signatures; every rank holds a copy.
         full_bytes: what the uncompressed tables would take, weights only.
     """
 
@@ -80,7 +81,7 @@ class MemoryReport:
         return text_table(header, lines)
 
 
-# fp32 state tensors that FBGEMM keeps for each weight, and for each physical row (here: for each chunk of a row).
+# fp32 state tensors that FBGEMM keeps for each weight, and for each row.
 _STATES = {
     OptimType.EXACT_ADAGRAD: (1, 0),
     OptimType.EXACT_ROWWISE_ADAGRAD: (0, 1),
@@ -92,30 +93,37 @@ _STATES = {
 }
 
 
-def optimizer_state_bytes(optimizer: OptimType | None, rows: int, dim: int, n_chunks: int) -> int:
-    """Bytes that FBGEMM keeps beside the weights [rows, dim] of a memory or of its shard with `n_chunks` chunks.
+def optimizer_state_bytes(optimizer: OptimType | None, rows: int, dim: int) -> int:
+    """Bytes that FBGEMM keeps beside the weights [rows, dim] of a table.
 
     None is an optimizer that is not fused; its state is not FBGEMM's, so it counts as 0, as does one without state.
     """
-    per_weight, per_chunk = _STATES.get(optimizer, (0, 0))
-    return 4 * rows * (per_weight * dim + per_chunk * n_chunks)
+    per_weight, per_row = _STATES.get(optimizer, (0, 0))
+    return 4 * rows * (per_weight * dim + per_row)
 
 
 def report_memory(allocation: Allocation, optimizers: Mapping[str, OptimType | None]) -> MemoryReport:
-    """The report of memories that train with the given FBGEMM optimizers (None: the optimizer is not fused)."""
-    uses = []
-    for memory in allocation.memories:
-        tables = [table for table in allocation.tables if table.name in memory.tables]
-        uses.append(
-            MemoryUse(
-                name=memory.name,
-                rows=memory.rows,
-                weight_bytes=memory.rows * tables[0].row_bytes,
-                optimizer_bytes=optimizer_state_bytes(
-                    optimizers.get(memory.name), memory.rows, memory.dim, memory.n_chunks
-                ),
-                allocation_bytes=memory.nbytes,
-                full_bytes=sum(table.full_bytes for table in tables),
-            )
+    """The report of tables that train with the given FBGEMM optimizers, by name (None: the optimizer is not fused)."""
+    value_bytes = bytes_per_value(allocation.config.weight_type)
+
+    def use(name: str, tables: Mapping[str, tuple[int, int]], full: Sequence[str], allocation_bytes: int) -> MemoryUse:
+        return MemoryUse(
+            name=name,
+            rows=sum(rows for rows, _ in tables.values()),
+            weight_bytes=sum(rows * dim for rows, dim in tables.values()) * value_bytes,
+            optimizer_bytes=sum(
+                optimizer_state_bytes(optimizers.get(table), rows, dim) for table, (rows, dim) in tables.items()
+            ),
+            allocation_bytes=allocation_bytes,
+            full_bytes=sum(table.full_bytes for table in allocation.tables if table.name in full),
         )
+
+    uses = [
+        use(table.name, {table.name: (table.num_embeddings + 1, table.embedding_dim)}, [table.name], 0)
+        for table in allocation.tables
+        if table.name in allocation.whole
+    ]
+    for memory in allocation.memories:
+        levels = {memory.level_name(k): (level.table_rows, level.table_width) for k, level in enumerate(memory.levels)}
+        uses.append(use(memory.name, levels, memory.tables, memory.nbytes))
     return MemoryReport(tuple(uses))

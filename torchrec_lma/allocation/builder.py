@@ -10,15 +10,17 @@ from torch import Tensor
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchrec_lma.allocation.allocation import Allocation, MemoryAllocation, _specs
+from torchrec_lma.allocation.artifact import Allocation, MemoryAllocation, all_tables, check_rows, new_memory
+from torchrec_lma.allocation.bitmap import bitmap_bytes, build_bitmap
 from torchrec_lma.allocation.frequency import IdFrequency
 from torchrec_lma.allocation.index import build_index
-from torchrec_lma.allocation.layout import MemoryLayout, lay_out
+from torchrec_lma.allocation.layout import KERNEL_WIDTH, Level, MemoryLayout, TableSpec, default_widths, lay_out
+from torchrec_lma.allocation.ownership import Costs, choose_owners
 from torchrec_lma.allocation.sample import Rows, RowSample
 from torchrec_lma.allocation.sources import ContextMinHash, RowsMinHash, RowsSource, SimHash, Source
-from torchrec_lma.config import LMAConfig, _check_int
-from torchrec_lma.features import check_features, feature_tables
-from torchrec_lma.hashing import mix64, table_salt
+from torchrec_lma.config import LMAConfig, check_int
+from torchrec_lma.features import check_batch, slots_of, to_int64
+from torchrec_lma.hashing import mix64, table_salt, unmix64
 
 Sources = Source | Mapping[str, Source | None] | None
 
@@ -32,15 +34,17 @@ class AllocationBuilder:
     Args:
         tables: the logical tables, as given to LMAEmbeddingBagCollection.
         config: the LMAConfig, as given to it.
-        source: what similarity is measured on, for all tables or by table name; None, or a table left out, gives no
-            signatures. SimHash needs vectors: see `from_vectors`.
-        dedicated_fraction: share of the budget for rows of their own for the most frequent ids, in [0, 1).
-        signature_fraction: share of the budget for signatures, in [0, 1). The most frequent ids after the dedicated
-            ones get them, as many as fit. Not used without a source.
+        source: what similarity of ids that share rows is measured on, for all tables or by table name; None, or a table
+            left out, gives no signatures: they share by hash. SimHash needs vectors: see `from_vectors`.
+        shared_fraction: share of the budget for shared rows, in [0, 1]. None: an eighth where not every id that was seen
+            has an own row, else a few rows for ids that were not. With 1 no id owns a row, all levels are shared and
+            have equally many rows: with levels of equal width and a source that is the paper's LMA.
+        signature_fraction: share of the budget for signatures, in [0, 1). The most frequent ids that share rows get
+            them, as many as fit. Not used without a source.
+        whole_fraction: share of the budget for tables that are kept whole, smallest first, in [0, 1].
         max_ids: distinct ids of all tables together that are counted exactly, at 24 bytes each and 2 MiB at most. Where
-            there are more, and more rows than a source samples, only ids in the sampled rows can be dedicated, their
-            counts are estimates of a sketch, and the provenance says so. Make it several times the number of dedicated
-            rows.
+            there are more, and more rows than a source samples, only ids in the sampled rows can own rows, their counts
+            are estimates of a sketch, and the provenance says so. Make it several times the number of own rows.
     Raises:
         ValueError: fractions out of range; a source for a table that does not exist, or that looks at one; a source of
             a table's own that gives its ids no context; tables that cannot share a memory; a budget that holds not one
@@ -48,47 +52,46 @@ class AllocationBuilder:
 
     Example::
 
-        builder = AllocationBuilder(tables, LMAConfig(compression=16), source=RowsMinHash(power=2))
+        builder = AllocationBuilder(tables, LMAConfig(compression=16))
         for batch in loader:
             builder.update(batch.sparse_features)
         builder.build().save("allocation.safetensors")
     """
 
-    DEDICATED_FRACTION = 0.25
+    SHARED_FRACTION = 0.125
     SIGNATURE_FRACTION = 0.125
+    WHOLE_FRACTION = 0.0625
     MAX_IDS = 1 << 24
 
     def __init__(
         self,
         tables: Sequence[EmbeddingBagConfig],
         config: LMAConfig,
-        source: Sources = RowsMinHash(),  # noqa: B008 (frozen)
-        dedicated_fraction: float = DEDICATED_FRACTION,
+        source: Sources = None,
+        shared_fraction: float | None = None,
         signature_fraction: float = SIGNATURE_FRACTION,
+        whole_fraction: float = WHOLE_FRACTION,
         max_ids: int = MAX_IDS,
     ) -> None:
-        for name, value in (("dedicated_fraction", dedicated_fraction), ("signature_fraction", signature_fraction)):
-            if not 0 <= value < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {value}")
-        _check_int("max_ids", max_ids, minimum=1)
+        for name, value, most in (
+            ("shared_fraction", shared_fraction, 1),
+            ("signature_fraction", signature_fraction, 0.99),
+            ("whole_fraction", whole_fraction, 1),
+        ):
+            if value is not None and not 0 <= value <= most:
+                raise ValueError(f"{name} must be in [0, {most}], got {value}")
+        check_int("max_ids", max_ids, minimum=1)
         self.config = config
         self._layouts = lay_out(tables, config)
-        for layout in self._layouts:
-            if layout.budget_bytes < layout.row_bytes:  # before a pass over the data
-                layout.rows_beside(0)
-        self._table_of_feature = feature_tables(tables)
+        self._tables = all_tables(tables, self._layouts)
+        self._slots = slots_of(tables)
+        self._features = [slot.feature for slot in self._slots]
         self._table_names = [table.name for layout in self._layouts for table in layout.tables]
         self._salts = {name: table_salt(config.seed, name) for name in self._table_names}
         self.sources = _by_table(source, self._table_names)
-        if not any(self.sources.values()):
-            signature_fraction = 0.0
-        if dedicated_fraction + signature_fraction >= 1:
-            raise ValueError(
-                f"dedicated_fraction={dedicated_fraction} and signature_fraction={signature_fraction} leave nothing of "
-                "the budget to share; make their sum less than 1"
-            )
-        self.dedicated_fraction = dedicated_fraction
-        self.signature_fraction = signature_fraction
+        self.shared_fraction = shared_fraction
+        self.signature_fraction = signature_fraction if any(self.sources.values()) else 0.0
+        self.whole_fraction = whole_fraction
         samples = [source.max_rows for source in self.sources.values() if isinstance(source, RowsSource)]
         samples = samples or [RowsMinHash.max_rows]
         self._sample = RowSample(None if None in samples else max(filter(None, samples)))
@@ -112,8 +115,8 @@ class AllocationBuilder:
     ) -> "AllocationBuilder":
         """A builder whose ids are similar if their vectors are: embeddings of content, or of a previous model.
 
-        `update` it with training rows as well, so that it knows which ids are frequent: they get dedicated rows, and
-        they are the first to get a signature. Without any row there are no dedicated ids.
+        `update` it with training rows as well, so that it knows which ids are frequent: they get own rows. Without any
+        row no id does.
 
         Args:
             vectors: for each table its ids, integer [n], and their vectors, float [n, d]; see `add_vectors`.
@@ -186,30 +189,30 @@ class AllocationBuilder:
         """Add a batch of training rows.
 
         Args:
-            features: the batch as the collection takes it, every feature with one bag per row.
+            features: the batch as the collection takes it, with one bag per row.
         Raises:
             TypeError: ids that are not integers.
-            ValueError: a feature is missing or unknown, the batch has a batch size for each feature (VBE), or ids
-                beyond int64.
+            ValueError: a feature is missing, the batch has a batch size for each feature (VBE), lengths that do not add
+                up, or ids beyond int64.
         """
-        check_features(features, self._table_of_feature)
+        check_batch(features, self._features, is_weighted=False)
         if features.variable_stride_per_key():
             raise ValueError(
                 "the KeyedJaggedTensor has a variable batch size per feature (VBE), and an allocation is built from "
                 "whole rows: give the batch as it is before it is deduplicated, with one bag per row"
             )
-        values = _int64(features.values(), "the KeyedJaggedTensor")
+        values = to_int64(features.values().cpu(), "the KeyedJaggedTensor")
         # (features, rows), and where each feature's ids begin and end
         lengths = features.lengths().cpu().to(torch.int64).view(len(features.keys()), features.stride())
-        ends = lengths.sum(1).cumsum(0).tolist()
+        ends = [0, *lengths.sum(1).cumsum(0).tolist()]
         row_numbers = torch.arange(features.stride())
         keys, tables, rows = [], [], []
-        for feature, start, end, per_row in zip(features.keys(), [0, *ends], ends, lengths):
-            table = self._table_of_feature[feature]
-            index = self._table_names.index(table)
-            keys.append(mix64(values[start:end] ^ self._salts[table]))
-            tables.append(torch.full((end - start,), index, dtype=torch.int16))
-            rows.append(torch.repeat_interleave(row_numbers, per_row))
+        for slot in self._slots:
+            at = features.keys().index(slot.feature)
+            index = self._table_names.index(slot.table)
+            keys.append(mix64(values[ends[at] : ends[at + 1]] ^ self._salts[slot.table]))
+            tables.append(torch.full((keys[-1].numel(),), index, dtype=torch.int16))
+            rows.append(torch.repeat_interleave(row_numbers, lengths[at]))
             self._frequency.add(index, keys[-1].numpy())
         self._sample.add(torch.cat(keys), torch.cat(tables), torch.cat(rows), features.stride())
         return self
@@ -252,83 +255,246 @@ class AllocationBuilder:
             raise ValueError("no training row was given; call update first, or use Allocation.hashed(tables, config)")
         for name, occurrences in zip(self._table_names, self._frequency.occurrences):
             if self.sources[name] is not None and not occurrences and name not in with_vectors:
-                features = [feature for feature, table in self._table_of_feature.items() if table == name]
+                features = [slot.feature for slot in self._slots if slot.table == name]
                 raise ValueError(
                     f"table {name!r} has no id in any of the {self._sample.rows_seen} rows; check that its features "
-                    f"{features} are filled, or hash its ids by giving it no source: source={{{name!r}: None, ...}} "
-                    f"with the sources of the others, or --source-of {features[0]}=none on the command line"
+                    f"{features} are filled, or give it no source: source={{{name!r}: None, ...}} with the sources "
+                    "of the others"
                 )
-        memories, ids = [], {}
+        memories, whole, ids = [], [], {}
         for layout in self._layouts:
-            memory, counts = self._build_memory(layout, rows, row_of_key)
-            memories.append(memory)
-            ids[layout.name] = counts
+            kept, memory, counts = self._build_memory(layout, rows, row_of_key)
+            whole += kept
+            memories += [memory] if memory is not None else []
+            ids |= counts
         provenance = {
             "source": self._source_record(),
-            "dedicated_fraction": self.dedicated_fraction,
             "signature_fraction": self.signature_fraction,
+            "shared_fraction": self.shared_fraction,
+            "whole_fraction": self.whole_fraction,
             "frequency": "counted" if self._frequency.exact or self._sample_is_whole(rows) else "sketched",
             "rows_seen": self._sample.rows_seen,
             "rows_sampled": rows.hash.numel(),
             "ids": ids,
         }
-        return Allocation(self.config, _specs(self._layouts), tuple(memories), provenance)
+        whole = [table.name for table in self._tables if table.name in whole]
+        return Allocation(self.config, self._tables, tuple(whole), tuple(memories), provenance)
 
     def _build_memory(
         self, layout: MemoryLayout, rows: Rows, row_of_key: Tensor
-    ) -> tuple[MemoryAllocation, dict[str, dict[str, int]]]:
-        members = [self._table_names.index(table.name) for table in layout.tables]
-        ids = _Ids.concatenate([self._ids_of_table(table, rows, row_of_key) for table in members])
+    ) -> tuple[list[str], MemoryAllocation | None, dict[str, dict[str, Any]]]:
+        """The whole tables of a layout, the memory of the others, and a record of each table's ids."""
+        whole, budget = self._whole_tables(layout)
+        tables = [table for table in layout.tables if table.name not in whole]
+        parts = {
+            table.name: self._ids_of_table(self._table_names.index(table.name), rows, row_of_key)
+            for table in layout.tables
+        }
+        record: dict[str, dict[str, Any]] = {
+            name: {"seen": int((part.count > 0).sum()), "whole": name in whole} for name, part in parts.items()
+        }
+        if not tables:
+            return whole, None, record
+        ids = _Ids.concatenate([parts[table.name] for table in tables])
+        positions, n_positions = None, None
+        if not layout.raw_ids:
+            positions = self._positions(ids, tables)
+            inside = positions >= 0
+            for table in tables:
+                beyond = ~inside & (ids.table == self._table_names.index(table.name))
+                record[table.name]["out_of_vocabulary"] = int(beyond.sum())
+            ids, positions = ids.select(inside), positions[inside]
+            n_positions = sum(table.num_embeddings for table in tables)
         # Descending frequency; ids of equal frequency in the order of their keys, which no input order changes.
         by_key = torch.sort(ids.keys, stable=True).indices
         by_frequency = by_key[torch.sort(ids.count[by_key], descending=True, stable=True).indices]
+        seen = by_frequency[ids.count[by_frequency] > 0]
 
-        n_dedicated = _how_many(
-            self.dedicated_fraction * layout.budget_bytes, layout.row_bytes, int((ids.count > 0).sum())
-        )
-        dedicated, by_frequency = by_frequency[:n_dedicated], by_frequency[n_dedicated:]
-        tensors = {}
-        if n_dedicated:
-            tensors["dedicated_low"], tensors["dedicated_starts"], _ = build_index(ids.keys[dedicated])
-
-        eligible = by_frequency[ids.eligible[by_frequency]]
-        sources = [self.sources[self._table_names[table]] for table in members]
-        num_values = min(max((source.num_values for source in sources if source), default=0), layout.n_chunks)
-        n_signatures = _how_many(self.signature_fraction * layout.budget_bytes, 4 * num_values, eligible.numel())
-        with_signature = eligible[:n_signatures]
-        sharing = torch.zeros(n_signatures, dtype=torch.bool)
-        if n_signatures:
-            low, starts, order = build_index(ids.keys[with_signature])
-            with_signature = with_signature[order]
-            tensors |= {
-                "signature_low": low,
-                "signature_starts": starts,
-                "signatures": self._signatures(ids, with_signature, num_values, rows),
+        levels, signature_bytes = self._levels(layout, ids.count[seen].numpy(), n_positions, budget)
+        tensors, owners = self._owner_tensors(levels, ids, seen, positions, n_positions)
+        every_level = levels[0].own_rows == 0
+        sharing = by_frequency if every_level else by_frequency[~torch.isin(by_frequency, owners)]
+        signed = self._sign(levels, ids, sharing, positions, n_positions, signature_bytes, rows, tensors)
+        agreeing = _agreeing(tensors["signatures"]) if signed.numel() else torch.zeros(0, dtype=torch.bool)
+        for table in tables:
+            here = ids.table == self._table_names.index(table.name)
+            record[table.name] |= {
+                "own": [int(here[seen[: level.own_rows]].sum()) for level in levels],
+                "with_signature": int(here[signed].sum()),
+                "sharing_by_signature": int(here[signed[agreeing]].sum()),
             }
-            sharing = _agreeing(tensors["signatures"])
-        allocation_bytes = sum(tensor.nbytes for tensor in tensors.values())
-        memory = MemoryAllocation(
-            name=layout.name,
-            dim=layout.dim,
-            chunk_dim=layout.chunk_dim,
-            rows=layout.rows_beside(allocation_bytes),
-            tables=tuple(table.name for table in layout.tables),
-            **tensors,
-        )
-        if memory.rows <= memory.dedicated_rows:
-            raise ValueError(
-                f"{layout.name!r} has {memory.rows} rows in its budget of {layout.budget_bytes} bytes, all of them "
-                "dedicated; lower dedicated_fraction or the compression so that one row is left to share"
+        memory = new_memory(layout, tables, levels, tensors)
+        return whole, memory, record
+
+    def _whole_tables(self, layout: MemoryLayout) -> tuple[list[str], int]:
+        """Names of the tables that are kept whole, and the bytes that are left to the others."""
+        if layout.raw_ids or self.shared_fraction == 1:
+            return [], layout.budget_bytes
+        row_bytes = layout.dim * layout.value_bytes
+        sizes = {table.name: (table.num_embeddings + 1) * row_bytes for table in layout.tables}
+        if sum(sizes.values()) <= layout.budget_bytes:
+            return list(sizes), 0
+        whole, used = [], 0
+        for name, size in sorted(sizes.items(), key=lambda item: item[1]):
+            if used + size > self.whole_fraction * layout.budget_bytes:
+                break
+            whole.append(name)
+            used += size
+        return whole, layout.budget_bytes - used
+
+    def _positions(self, ids: "_Ids", tables: Sequence[TableSpec]) -> Tensor:
+        """int64 [V], places of ids among those of all vocabularies, one table after another; -1 for ids outside."""
+        positions = torch.full_like(ids.keys, -1)
+        first = 0
+        for table in tables:
+            here = (ids.table == self._table_names.index(table.name)).nonzero().squeeze(1)
+            values = unmix64(ids.keys[here]) ^ self._salts[table.name]
+            inside = (values >= 0) & (values < table.num_embeddings)
+            positions[here[inside]] = values[inside] + first
+            first += table.num_embeddings
+        return positions
+
+    def _levels(
+        self, layout: MemoryLayout, counts: np.ndarray, n_positions: int | None, budget: int
+    ) -> tuple[tuple[Level, ...], int]:
+        """The levels of a memory, and the bytes that are kept for signatures.
+
+        Args:
+            counts: int64 [V], of the ids that were seen, descending.
+            n_positions: of the vocabularies; None for raw ids.
+            budget: bytes for levels and allocation.
+        """
+        signature_bytes = int(self.signature_fraction * layout.budget_bytes)
+        n_ids = max(1, counts.size)
+        values_per_id = (budget - signature_bytes) / (layout.value_bytes * n_ids)
+        first = 1 << max(0, int(np.log2(max(1.0, values_per_id / 2))))
+        widths = layout.widths or default_widths(layout.dim, min(first, layout.dim))
+        if self.shared_fraction == 1:
+            rows = (budget - signature_bytes) // (layout.dim * layout.value_bytes)
+            return tuple(Level(width, 0, check_rows(layout, rows)) for width in widths), signature_bytes
+        own, shared_rows, signature_bytes = self._share_budget(layout, widths, counts, n_positions, budget, signature_bytes)
+        while layout.widths is None and (k := _alike(own)) is not None:
+            # The same ids own two levels: as one they take one look-up.
+            widths = (*widths[:k], widths[k] + widths[k + 1], *widths[k + 2 :])
+            own, shared_rows, signature_bytes = self._share_budget(
+                layout, widths, counts, n_positions, budget, signature_bytes
             )
-        return memory, {
-            self._table_names[table]: {
-                "seen": int(((ids.table == table) & (ids.count > 0)).sum()),
-                "dedicated": int((ids.table[dedicated] == table).sum()),
-                "with_signature": int((ids.table[with_signature] == table).sum()),
-                "sharing": int((ids.table[with_signature[sharing]] == table).sum()),
-            }
-            for table in members
-        }
+        if shared_rows < 1 and sum(own) == 0:
+            check_rows(layout, 0)
+        costs = Costs(widths, layout.value_bytes, n_positions)
+        if n_positions is not None and own[0] == counts.size:
+            # Rows for a few ids that were not seen cost less than a bitmap that tells them from the others.
+            all_own = [n_positions, *own[1:]]
+            if costs(all_own) <= costs(own):
+                own = all_own
+        shared = [shared_rows, *([0] * (len(widths) - 1))]
+        for rows in (own[0] + shared_rows, *own[1:]):
+            check_rows(layout, max(1, rows))
+        return tuple(Level(width, n, s) for width, n, s in zip(widths, own, shared)), signature_bytes
+
+    def _share_budget(
+        self,
+        layout: MemoryLayout,
+        widths: Sequence[int],
+        counts: np.ndarray,
+        n_positions: int | None,
+        budget: int,
+        signature_bytes: int,
+    ) -> tuple[list[int], int, int]:
+        """How many ids own a row of each level, the shared rows of the first, and the bytes kept for signatures."""
+        row_bytes = widths[0] * layout.value_bytes
+        costs = Costs(widths, layout.value_bytes, n_positions)
+        # A packed table is filled up to a whole row.
+        budget -= sum(KERNEL_WIDTH * layout.value_bytes for width in widths if width < KERNEL_WIDTH)
+
+        def choose(shared_rows: int, kept: int) -> list[int]:
+            return choose_owners(counts, widths, self.config.skew, budget - kept - shared_rows * row_bytes, costs)
+
+        if self.shared_fraction is not None:
+            shared_rows = max(1, int(self.shared_fraction * layout.budget_bytes / row_bytes))
+            return choose(shared_rows, signature_bytes), shared_rows, signature_bytes
+        # Where all ids own a row, shared rows are for those that come later, and nothing is left to be signed.
+        shared_rows = min(len(layout.tables), max(0, budget // row_bytes))
+        own = choose(shared_rows, 0)
+        if own[0] == counts.size:
+            return own, shared_rows, 0
+        shared_rows = max(shared_rows, int(self.SHARED_FRACTION * layout.budget_bytes / row_bytes))
+        return choose(shared_rows, signature_bytes), shared_rows, signature_bytes
+
+    def _owner_tensors(
+        self,
+        levels: Sequence[Level],
+        ids: "_Ids",
+        seen: Tensor,
+        positions: Tensor | None,
+        n_positions: int | None,
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """The tensors that find own rows, and the ids that have one on the first level (places in `ids`)."""
+        tensors: dict[str, Tensor] = {}
+        n_owners = min(levels[0].own_rows, seen.numel())
+        owners = seen[:n_owners]  # most frequent first
+        if n_owners == 0:
+            return tensors, owners
+        if positions is None:
+            low, starts, order = build_index(ids.keys[owners])
+            if low.numel() < n_owners:
+                raise ValueError("two ids have one key in the index; give LMAConfig another seed")
+            tensors |= {"owners.0.low": low, "owners.0.starts": starts}
+            row = torch.empty_like(order)
+            row[order] = torch.arange(n_owners)  # own row on level 0 of each owner
+        elif levels[0].own_rows == n_positions:
+            row = positions[owners]
+        else:
+            members = torch.zeros(n_positions, dtype=torch.bool)
+            members[positions[owners]] = True
+            tensors["owners.0.words"] = build_bitmap(members)
+            row = (members.cumsum(0) - 1)[positions[owners]]
+        before = levels[0].own_rows
+        for k, level in enumerate(levels[1:], start=1):
+            if 0 < level.own_rows < before:
+                members = torch.zeros(before, dtype=torch.bool)
+                members[row[: level.own_rows]] = True
+                tensors[f"owners.{k}.words"] = build_bitmap(members)
+                row = (members.cumsum(0) - 1)[row[: level.own_rows]]
+            before = level.own_rows
+        return tensors, owners
+
+    def _sign(
+        self,
+        levels: Sequence[Level],
+        ids: "_Ids",
+        sharing: Tensor,
+        positions: Tensor | None,
+        n_positions: int | None,
+        budget: int,
+        rows: Rows,
+        tensors: dict[str, Tensor],
+    ) -> Tensor:
+        """Adds the signatures of ids that share rows, as many as fit, to `tensors`; returns who has one, in order."""
+        eligible = sharing[ids.eligible[sharing]]
+        tables = ids.table[eligible].unique().tolist()
+        sources = [self.sources[self._table_names[table]] for table in tables]
+        shared_levels = sum(level.shared_rows > 0 for level in levels)
+        num_values = min(max((source.num_values for source in sources if source), default=0), shared_levels)
+        if positions is None:
+            n = min(eligible.numel(), max(0, budget - 12) // (4 * num_values + 6)) if num_values else 0
+        else:
+            assert n_positions is not None
+            n = min(eligible.numel(), max(0, budget - bitmap_bytes(n_positions)) // (4 * num_values)) if num_values else 0
+        signed = eligible[:n]
+        if n == 0:
+            return signed
+        if positions is None:
+            low, starts, order = build_index(ids.keys[signed])
+            tensors |= {"signed.low": low, "signed.starts": starts}
+        else:
+            members = torch.zeros(n_positions, dtype=torch.bool)
+            members[positions[signed]] = True
+            tensors["signed.words"] = build_bitmap(members)
+            order = torch.sort(positions[signed]).indices
+        signed = signed[order]
+        tensors["signatures"] = self._signatures(ids, signed, num_values, rows)
+        return signed
 
     def _ids_of_table(self, table: int, rows: Rows, row_of_key: Tensor) -> "_Ids":
         """All ids of a table, and who may have a signature."""
@@ -424,10 +590,11 @@ class AllocationBuilder:
     def _settings(self) -> dict[str, Any]:
         return {
             "config": self.config,
-            "tables": _specs(self._layouts),
+            "tables": self._tables,
             "source": self.sources,
-            "dedicated_fraction": self.dedicated_fraction,
+            "shared_fraction": self.shared_fraction,
             "signature_fraction": self.signature_fraction,
+            "whole_fraction": self.whole_fraction,
             "max_ids": self._frequency.max_ids,
         }
 
@@ -452,6 +619,14 @@ class _Ids:
     def concatenate(cls, parts: "list[_Ids]") -> "_Ids":
         return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in cls.__dataclass_fields__))
 
+    def select(self, chosen: Tensor) -> "_Ids":
+        return _Ids(*(getattr(self, name)[chosen] for name in self.__dataclass_fields__))
+
+
+def _alike(own: Sequence[int]) -> int | None:
+    """The first level that as many ids own as the next one."""
+    return next((k for k, (n, then) in enumerate(zip(own, own[1:])) if n == then), None)
+
 
 def _by_table(source: Sources, tables: Sequence[str]) -> dict[str, Source | None]:
     by_table = source if isinstance(source, Mapping) else dict.fromkeys(tables, source)
@@ -468,21 +643,12 @@ def _by_table(source: Sources, tables: Sequence[str]) -> dict[str, Source | None
 
 
 def _int64(ids: Any, where: str) -> Tensor:
-    """Ids as int64 on the CPU."""
+    """Ids of any kind of array as int64 on the CPU."""
     try:
         ids = torch.as_tensor(ids).cpu()
     except (OverflowError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{where} has ids that are no int64 ({error}); ids are integers in [-2**63, 2**63)") from error
-    if ids.dtype is torch.uint64:
-        if (ids.view(torch.int64) < 0).any():
-            largest = int(np.asarray(ids).max())
-            raise ValueError(
-                f"{where} has id {largest}, beyond int64; view uint64 hashes as int64, every int64 is an id"
-            )
-        return ids.view(torch.int64)
-    if ids.dtype is torch.bool or ids.is_floating_point() or ids.is_complex():
-        raise TypeError(f"{where} has ids of {ids.dtype}; expected integers")
-    return ids.to(torch.int64)
+    return to_int64(ids, where)
 
 
 def _find(keys: Tensor, wanted: Tensor, positions: Tensor) -> Tensor:
@@ -502,7 +668,3 @@ def _agreeing(signatures: Tensor) -> Tensor:
         agreeing |= count[which] > 1
     return agreeing
 
-
-def _how_many(budget_bytes: float, bytes_each: int, at_most: int) -> int:
-    """How many ids fit in a budget, with their index: 4 bytes a key, and up to 2 for its bucket's start."""
-    return min(at_most, int(budget_bytes // (bytes_each + 6)))

@@ -41,6 +41,11 @@ def _low32(keys: Tensor) -> Tensor:
     return low - ((low >> 31) << 32)
 
 
+def index_bytes(n: int) -> int:
+    """Bytes of an `IdIndex` of n keys, at most: 4 a key, and 4 for each start of at most n / 2 + 2 buckets."""
+    return 6 * n + 12 if n else 0
+
+
 class IdIndex(nn.Module):
     """Finds the position of mixed keys: 5 to 6 bytes a key, and one cache line of keys for each look-up.
 

@@ -1,137 +1,176 @@
-"""Which memories a set of logical tables needs, and how many bytes each may use."""
+"""Which memories a set of logical tables needs, how many bytes each may use, and how its columns are cut into levels."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, data_type_to_dtype
 
-from torchrec_lma.config import LMAConfig
+from torchrec_lma.config import WEIGHT_TYPES, LMAConfig
 
-WEIGHT_TYPES = (DataType.FP32, DataType.FP16, DataType.BF16)
-# An address is computed as int64 and TBE takes physical row ids of rows * n_chunks; both stay far from overflow.
+# TorchRec and FBGEMM number the rows of a table in int32 in several places.
 MAX_ROWS = 2**31 - 1
+# FBGEMM's fused kernels take rows of a multiple of 4 columns. A level of 1 or 2 columns is stored with several of its
+# rows in one row of 4: see `Level.pack`.
+KERNEL_WIDTH = 4
 
 
 @dataclass(frozen=True)
 class TableSpec:
-    """What the allocation knows of a logical table."""
+    """What the allocation knows of a logical table.
+
+    Attributes:
+        name, num_embeddings, embedding_dim: as in its EmbeddingBagConfig.
+        data_type: of the table as declared, a DataType name: what the full size is counted in.
+        raw_ids: its ids are any 64-bit integers; else a vocabulary, 0 <= id < num_embeddings.
+    """
 
     name: str
     num_embeddings: int
     embedding_dim: int
-    data_type: str  # a DataType name: FP32, FP16, BF16
-
-    @property
-    def row_bytes(self) -> int:
-        return self.embedding_dim * data_type_to_dtype(DataType[self.data_type]).itemsize
+    data_type: str
+    raw_ids: bool
 
     @property
     def full_bytes(self) -> int:
         """Bytes of the uncompressed table."""
-        return self.num_embeddings * self.row_bytes
+        return self.num_embeddings * self.embedding_dim * bytes_per_value(DataType[self.data_type])
+
+
+@dataclass(frozen=True)
+class Level:
+    """A block of columns of a memory with its own number of rows: one TorchRec table.
+
+    Attributes:
+        width: columns of an id's row.
+        own_rows: rows that one id each has for itself, the first ones.
+        shared_rows: rows that the other ids share. With none of these, ids without an own row are absent.
+    """
+
+    width: int
+    own_rows: int
+    shared_rows: int
+
+    @property
+    def rows(self) -> int:
+        return self.own_rows + self.shared_rows
+
+    @property
+    def pack(self) -> int:
+        """How many rows lie side by side in one row of the TorchRec table, so that a fused kernel takes its width.
+
+        Row r is in columns [r % pack * width, ...) of table row r // pack.
+        """
+        return max(1, KERNEL_WIDTH // self.width)
+
+    @property
+    def table_rows(self) -> int:
+        return -(-self.rows // self.pack)
+
+    @property
+    def table_width(self) -> int:
+        return self.width * self.pack
 
 
 @dataclass(frozen=True)
 class MemoryLayout:
     """The logical tables that share one memory, and its budget (weights and allocation) in bytes."""
 
-    name: str
     tables: tuple[TableSpec, ...]
-    chunk_dim: int
     budget_bytes: int
+    value_bytes: int
+    widths: tuple[int, ...] | None
+
+    @property
+    def name(self) -> str:
+        """Begins with the name of a logical table, which is unique in a model, and so is this."""
+        return f"{self.tables[0].name}_lma{self.dim}"
 
     @property
     def dim(self) -> int:
         return self.tables[0].embedding_dim
 
     @property
-    def n_chunks(self) -> int:
-        return self.dim // self.chunk_dim
+    def raw_ids(self) -> bool:
+        return self.tables[0].raw_ids
 
-    @property
-    def row_bytes(self) -> int:
-        return self.tables[0].row_bytes
 
-    @property
-    def full_bytes(self) -> int:
-        return sum(table.full_bytes for table in self.tables)
+def bytes_per_value(data_type: DataType) -> int:
+    return data_type_to_dtype(data_type).itemsize
 
-    def rows_beside(self, allocation_bytes: int) -> int:
-        """How many rows fit in the budget beside an allocation.
 
-        Raises ValueError when not one does.
-        """
-        rows = (self.budget_bytes - allocation_bytes) // self.row_bytes
-        if rows < 1:
-            raise ValueError(
-                f"the budget of {self.name!r} is {self.budget_bytes} bytes; its allocation takes {allocation_bytes} "
-                f"and one row of dim {self.dim} takes {self.row_bytes}, which does not fit. Lower the compression or "
-                "raise memory_bytes; for a smaller allocation lower signature_fraction or dedicated_fraction"
-            )
-        if rows > MAX_ROWS:
-            raise ValueError(
-                f"{self.name!r} would have {rows} rows, the most is {MAX_ROWS}; raise the compression or give some of "
-                f"its tables another embedding_dim (each dim has a memory of its own)"
-            )
-        return rows
+def default_widths(dim: int, first: int) -> tuple[int, ...]:
+    """Level widths that add up to `dim`: `first`, then each as wide as all before it; the last takes what is left.
+
+    Of 64 columns from 4: 4, 4, 8, 16, 32. Widths are what a kernel takes: multiples of 4, or 2 or 1 (`Level.pack`).
+    """
+    widths: list[int] = []
+    left = dim
+    while left:
+        width = min(first if not widths else sum(widths), left)
+        if width > KERNEL_WIDTH:
+            width -= width % KERNEL_WIDTH
+        elif width == 3:
+            width = 2
+        widths.append(width)
+        left -= width
+    return tuple(widths)
 
 
 def lay_out(tables: Sequence[EmbeddingBagConfig], config: LMAConfig) -> tuple[MemoryLayout, ...]:
-    """Group tables by dim into memories and share the budget between them in proportion to their full bytes.
+    """Group tables into memories and share the budget between them in proportion to their full bytes.
+
+    Tables of one dim share a memory; raw ids and vocabularies do not, since their rows are found in different ways.
 
     Raises:
-        ValueError: no table; a name twice; `chunk_dim` that does not divide a dim; tables of one memory with different
-            pooling or data type; a data type that cannot be trained.
+        ValueError: no table; a name twice; a size below 1; a data type that cannot be trained; widths that do not add
+            up to a dim, or that no kernel takes; `raw_ids` of a table that does not exist.
     """
     if not tables:
         raise ValueError("tables is empty; give at least one EmbeddingBagConfig")
-    by_dim: dict[int, list[EmbeddingBagConfig]] = {}
     names: set[str] = set()
+    groups: dict[tuple[int, bool], list[TableSpec]] = {}
     for table in tables:
-        if not table.name or table.name in names:
-            raise ValueError(f"table name {table.name!r} is empty or given twice; every table needs a name of its own")
+        _check_table(table, names)
         names.add(table.name)
-        if table.num_embeddings < 1 or table.embedding_dim < 1:
-            raise ValueError(
-                f"table {table.name!r} has num_embeddings={table.num_embeddings} and "
-                f"embedding_dim={table.embedding_dim}; both must be at least 1"
-            )
-        if table.embedding_dim % config.chunk_dim != 0:
-            raise ValueError(
-                f"chunk_dim={config.chunk_dim} does not divide embedding_dim={table.embedding_dim} of table "
-                f"{table.name!r}; choose a chunk_dim that divides every table's dim"
-            )
-        if table.data_type not in WEIGHT_TYPES:
-            raise ValueError(
-                f"table {table.name!r} has data_type {table.data_type}; LMA tables train in "
-                f"{', '.join(t.name for t in WEIGHT_TYPES)} (quantize after training)"
-            )
-        by_dim.setdefault(table.embedding_dim, []).append(table)
+        raw_ids = config.raw_ids if isinstance(config.raw_ids, bool) else table.name in config.raw_ids
+        spec = TableSpec(table.name, table.num_embeddings, table.embedding_dim, table.data_type.name, raw_ids)
+        groups.setdefault((spec.embedding_dim, raw_ids), []).append(spec)
+    if not isinstance(config.raw_ids, bool) and not names.issuperset(config.raw_ids):
+        unknown = sorted(set(config.raw_ids) - names)
+        raise ValueError(f"raw_ids names tables {unknown}, which do not exist; the tables are {sorted(names)}")
 
-    for dim, members in by_dim.items():
-        for field in ("pooling", "data_type"):
-            values = {getattr(table, field) for table in members}
-            if len(values) > 1:
-                described = ", ".join(f"{table.name}: {getattr(table, field).name}" for table in members)
-                raise ValueError(
-                    f"tables of dim {dim} share one memory and so one {field}, got {described}; make them equal or "
-                    "put the others in an LMAEmbeddingBagCollection of their own"
-                )
-
-    specs: dict[int, tuple[TableSpec, ...]] = {
-        dim: tuple(
-            TableSpec(table.name, table.num_embeddings, table.embedding_dim, table.data_type.name) for table in members
-        )
-        for dim, members in by_dim.items()
-    }
-    full_bytes = {dim: sum(table.full_bytes for table in spec) for dim, spec in specs.items()}
+    full_bytes = {key: sum(spec.full_bytes for spec in specs) for key, specs in groups.items()}
     total = sum(full_bytes.values())
     layouts = []
-    for dim, spec in specs.items():
+    for (dim, raw_ids), specs in groups.items():
         if config.memory_bytes is not None:
-            budget = config.memory_bytes * full_bytes[dim] // total
+            budget = config.memory_bytes * full_bytes[dim, raw_ids] // total
         else:
             assert config.compression is not None
-            budget = int(full_bytes[dim] / config.compression)
-        layouts.append(MemoryLayout(f"memory_{dim}", spec, config.chunk_dim, budget))
+            budget = int(full_bytes[dim, raw_ids] / config.compression)
+        widths = config.widths_of(dim)
+        for width in widths or ():
+            if width % KERNEL_WIDTH and width not in (1, 2):
+                raise ValueError(
+                    f"a level of width {width} fits no kernel: fused kernels take multiples of {KERNEL_WIDTH}, and "
+                    f"levels of 1 and 2 columns are packed into rows of {KERNEL_WIDTH}; change widths={widths}"
+                )
+        layouts.append(MemoryLayout(tuple(specs), budget, bytes_per_value(config.weight_type), widths))
     return tuple(layouts)
+
+
+def _check_table(table: EmbeddingBagConfig, names: set[str]) -> None:
+    if not isinstance(table, EmbeddingBagConfig):
+        raise TypeError(f"tables must be EmbeddingBagConfig (pooled embeddings), got a {type(table).__name__}: {table}")
+    if not table.name or table.name in names:
+        raise ValueError(f"table name {table.name!r} is empty or given twice; every table needs a name of its own")
+    if table.num_embeddings < 1 or table.embedding_dim < 1:
+        raise ValueError(
+            f"table {table.name!r} has num_embeddings={table.num_embeddings} and "
+            f"embedding_dim={table.embedding_dim}; both must be at least 1"
+        )
+    if table.data_type not in WEIGHT_TYPES:
+        raise ValueError(
+            f"table {table.name!r} has data_type {table.data_type}; LMA tables stand for tables of "
+            f"{', '.join(t.name for t in WEIGHT_TYPES)} (quantize after training)"
+        )

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from torchrec_lma.allocation.sample import Rows
-from torchrec_lma.config import _check_int
+from torchrec_lma.config import check_int
 from torchrec_lma.hashing import mix64, salt
 
 _LARGEST = torch.iinfo(torch.int64).max
@@ -59,9 +59,9 @@ class RowsSource(Source):
 
     def __post_init__(self) -> None:
         for name in ("power", "num_values", "min_support"):
-            _check_int(name, getattr(self, name), minimum=1)
+            check_int(name, getattr(self, name), minimum=1)
         if self.max_rows is not None:
-            _check_int("max_rows", self.max_rows, minimum=1)
+            check_int("max_rows", self.max_rows, minimum=1)
         for name in ("within_table", "weighted"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
@@ -325,10 +325,10 @@ class SimHash(Source):
     within_table: bool = True
 
     def __post_init__(self) -> None:
-        _check_int("bits", self.bits, minimum=1)
+        check_int("bits", self.bits, minimum=1)
         if self.bits > 32:
             raise ValueError(f"bits must be at most 32, got {self.bits}; a value stores no more")
-        _check_int("num_values", self.num_values, minimum=1)
+        check_int("num_values", self.num_values, minimum=1)
         if not isinstance(self.within_table, bool):
             raise TypeError(f"within_table must be True or False, got {self.within_table!r}")
 

@@ -5,16 +5,5 @@ from torchrec_lma.distributed.embeddingbag import (
     ShardedLMAEmbeddingBagCollection,
     get_default_sharders,
 )
-from torchrec_lma.distributed.planner import LMAEmbeddingShardingPlanner, LMAEmbeddingStats, LMAStorageReservation
-from torchrec_lma.distributed.shard_estimators import LMAPerfEstimator, LMAStorageEstimator
 
-__all__ = [
-    "LMAEmbeddingBagCollectionSharder",
-    "LMAEmbeddingShardingPlanner",
-    "LMAEmbeddingStats",
-    "LMAPerfEstimator",
-    "LMAStorageEstimator",
-    "LMAStorageReservation",
-    "ShardedLMAEmbeddingBagCollection",
-    "get_default_sharders",
-]
+__all__ = ["LMAEmbeddingBagCollectionSharder", "ShardedLMAEmbeddingBagCollection", "get_default_sharders"]

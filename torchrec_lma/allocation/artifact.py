@@ -1,0 +1,325 @@
+"""The allocation: everything that decides rows, as an artifact that can be saved, compared and shipped."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+
+from torchrec_lma.allocation.layout import MAX_ROWS, Level, MemoryLayout, TableSpec, default_widths, lay_out
+from torchrec_lma.config import LMAConfig
+
+FORMAT_VERSION = 3
+FORMAT = "torchrec_lma.allocation"
+# The module of a collection whose buffers are the allocation, as keys of a checkpoint show it.
+STATE_PREFIX = "remap."
+
+
+@dataclass(frozen=True, eq=False)
+class MemoryAllocation:
+    """The allocation of one memory.
+
+    Its tensors, each where it is needed:
+
+    * `owners.<k>.words`: int64, `RankBitmap` of who has an own row on level k, among the positions of level k - 1: its
+      own rows, or for level 0 all ids of the vocabularies one table after another. A member's rank is its own row.
+      Without it all positions are owners, or if the level has no own row, none.
+    * `owners.0.low`, `owners.0.starts`: int32, `IdIndex` of raw ids in place of the bitmap of level 0.
+    * `signed.words`, or `signed.low` and `signed.starts`: the ids that have a signature, in the same two forms.
+    * `signatures`: int32 [S, K], their signatures, in the order of that set.
+
+    Attributes:
+        name: of the memory; its level tables are `<name>_level_<k>`.
+        dim: columns; the widths of the levels add up to it.
+        raw_ids: ids are any 64-bit integers, else vocabularies.
+        tables: the logical tables that share it, in order.
+        levels: first to last.
+    """
+
+    name: str
+    dim: int
+    raw_ids: bool
+    tables: tuple[str, ...]
+    levels: tuple[Level, ...]
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a process holds beside the weights: the tensors, and a bitmap's ranks, which follow from it."""
+        ranks = sum(t.numel() * 4 for name, t in self.tensors.items() if name.endswith(".words"))
+        return sum(tensor.nbytes for tensor in self.tensors.values()) + ranks
+
+    def level_name(self, level: int) -> str:
+        """The TorchRec table of a level."""
+        return f"{self.name}_level_{level}"
+
+    def header(self) -> dict[str, Any]:
+        keys = ("name", "dim", "raw_ids", "tables")
+        return {key: getattr(self, key) for key in keys} | {"levels": [asdict(level) for level in self.levels]}
+
+
+@dataclass(frozen=True, eq=False)
+class Allocation:
+    """Rows, their owners, signatures and seeds of every memory of a collection.
+
+    Made by `AllocationBuilder.build`, by `hashed` where there is no data, or read back by `load` and `from_checkpoint`.
+
+    Attributes:
+        config: the LMAConfig it was built for.
+        tables: the logical tables it was built for.
+        whole: names of those that are kept whole, each as an ordinary table with one row more, for unseen ids.
+        memories: one MemoryAllocation for the others of each embedding dim and kind of ids.
+        provenance: where it came from (source, rows seen, ids and bytes); decides no row.
+    """
+
+    config: LMAConfig
+    tables: tuple[TableSpec, ...]
+    whole: tuple[str, ...]
+    memories: tuple[MemoryAllocation, ...]
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def hashed(cls, tables: Sequence[EmbeddingBagConfig], config: LMAConfig) -> "Allocation":
+        """The allocation that needs no data and no bytes: no id has a row of its own, all share by hash.
+
+        With one level this is the hashing trick, with several of equal width random chunk sharing (arXiv 2103.06124,
+        section 3). Without `config.widths` it is one level as wide as the dim.
+
+        Raises ValueError as `AllocationBuilder`, or if the budget holds not one row.
+        """
+        layouts = lay_out(tables, config)
+        memories = []
+        for layout in layouts:
+            widths = layout.widths or default_widths(layout.dim, layout.dim)
+            rows = layout.budget_bytes // (layout.dim * layout.value_bytes)
+            levels = tuple(Level(width, 0, check_rows(layout, rows)) for width in widths)
+            memories.append(new_memory(layout, layout.tables, levels, {}))
+        return cls(config, all_tables(tables, layouts), (), tuple(memories), {"source": None})
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that serving and training must hold beside the weights."""
+        return sum(memory.nbytes for memory in self.memories)
+
+    @cached_property
+    def header(self) -> str:
+        """Canonical JSON of what is not in the tensors."""
+        return json.dumps(
+            {
+                "format_version": FORMAT_VERSION,
+                "config": self.config.to_dict(),
+                "tables": [asdict(table) for table in self.tables],
+                "whole": self.whole,
+                "memories": [memory.header() for memory in self.memories],
+            },
+            sort_keys=True,
+        )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256, in hex, of all that decides rows: equal fingerprints mean equal rows."""
+        decides = {
+            "format_version": FORMAT_VERSION,
+            "seed": self.config.seed,
+            # A whole table and a bitmap are as long as the vocabularies are.
+            "tables": [[table.name, table.num_embeddings] for table in self.tables],
+            "whole": self.whole,
+            "memories": [memory.header() for memory in self.memories],
+        }
+        digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode())
+        for memory in self.memories:
+            for name, tensor in sorted(memory.tensors.items()):
+                digest.update(json.dumps([memory.name, name, str(tensor.dtype), list(tensor.shape)]).encode())
+                digest.update(tensor.contiguous().numpy().data)  # its buffer, not a copy: it can be most of the memory
+        return digest.hexdigest()
+
+    def check_made_for(self, tables: Sequence[EmbeddingBagConfig]) -> None:
+        """Raises ValueError, naming the differences, if this was built for other tables."""
+        made = {table.name: table for table in self.tables}
+        wanted = {table.name: table for table in all_tables(tables, lay_out(tables, self.config))}
+        if list(made.items()) == list(wanted.items()):
+            return
+        changed = "; ".join(
+            f"{name}: built for {made.get(name, 'no such table')}, the collection has {wanted.get(name, 'none')}"
+            for name in sorted(made.keys() | wanted.keys())
+            if made.get(name) != wanted.get(name)
+        )
+        changed = changed or f"in the order {list(made)}, the collection has {list(wanted)}"
+        raise ValueError(f"the allocation was made for other tables ({changed}); build it again for these")
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one safetensors file, under a temporary name first, so that `path` is whole or untouched.
+
+        Raises OSError if it cannot be written.
+        """
+        path = Path(path)
+        tensors = {
+            f"{memory.name}/{name}": tensor.contiguous()
+            for memory in self.memories
+            for name, tensor in memory.tensors.items()
+        }
+        metadata = {
+            "format": FORMAT,
+            "format_version": str(FORMAT_VERSION),
+            "header": self.header,
+            "fingerprint": self.fingerprint,
+            "provenance": json.dumps(self.provenance, sort_keys=True),
+        }
+        metadata["checksum"] = _checksum(metadata)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            temporary.touch()
+            mode = temporary.stat().st_mode  # what the umask gives a new file; safetensors makes it private
+            save_file(tensors, temporary, metadata)
+            temporary.chmod(mode)
+            os.replace(temporary, path)
+        except SafetensorError as error:  # how safetensors passes on errors of the file system
+            raise OSError(
+                f"{path} was not written ({error}); make room for {self.nbytes:,} bytes and a header"
+            ) from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Allocation":
+        """Read a file written by `save`.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not an allocation, truncated, changed since it was written, or of another format version.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no allocation file at {path}; write one with `torchrec-lma allocate`")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                # Copies: the file's pages would change under a loaded allocation when somebody writes over them.
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path} is not a whole safetensors file ({error}); it is truncated or something else. Build it again"
+            ) from error
+        if metadata.get("format") != FORMAT:
+            raise ValueError(
+                f"{path} is a safetensors file but not an allocation; expected one that Allocation.save wrote"
+            )
+        version = metadata.get("format_version")
+        if version != str(FORMAT_VERSION):
+            first_edition = " (of torchrec_lma's first edition, which cut memories into chunks)"
+            raise ValueError(
+                f"{path} has allocation format version {version}{first_edition if version in ('1', '2') else ''}, this "
+                f"torchrec_lma reads version {FORMAT_VERSION}; build it again"
+            )
+        if metadata.get("checksum") != _checksum(metadata):
+            raise ValueError(f"{path} does not match its checksum; the file was damaged. Build it again")
+        allocation = cls._from_parts(metadata["header"], tensors, json.loads(metadata["provenance"]))
+        if allocation.fingerprint != metadata["fingerprint"]:
+            raise ValueError(
+                f"{path} says its fingerprint is {metadata['fingerprint']} but its contents have "
+                f"{allocation.fingerprint}; the file was damaged. Build it again"
+            )
+        return allocation
+
+    @classmethod
+    def from_checkpoint(cls, path: str | os.PathLike[str]) -> "Allocation":
+        """The allocation inside a torch.distributed.checkpoint of a model with an LMA collection.
+
+        Reads only the allocation's tensors, on one process, whatever plan and world size wrote them.
+
+        Raises ValueError when the checkpoint holds no LMA collection, more than one, or one of the first edition.
+        """
+        reader = dcp.FileSystemReader(path)
+        stored = reader.read_metadata().state_dict_metadata
+        if any(key.endswith("addressing.header") for key in stored):
+            raise ValueError(
+                f"{path} is a checkpoint of torchrec_lma's first edition, which cut memories into chunks; this one "
+                "cannot read it: build an allocation and train again"
+            )
+        header_key = f"{STATE_PREFIX}header"
+        prefixes = [key.removesuffix(header_key) for key in stored if key.endswith(header_key)]
+        if len(prefixes) != 1:
+            raise ValueError(f"{path} holds {len(prefixes)} LMA collections ({prefixes}), expected one")
+        prefix = prefixes[0] + STATE_PREFIX
+        state = {
+            key: torch.empty(value.size, dtype=value.properties.dtype)
+            for key, value in stored.items()
+            if key.startswith(prefix) and isinstance(value, TensorStorageMetadata)
+        }
+        dcp.load(state, storage_reader=reader, no_dist=True)
+        tensors = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
+        stated = bytes(tensors.pop("fingerprint").tolist()).hex()
+        allocation = cls.from_state(tensors, {"source": f"checkpoint {path}"})
+        if allocation.fingerprint != stated:
+            raise ValueError(f"{path} states allocation {stated} but holds {allocation.fingerprint}; it was damaged")
+        return allocation
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor], provenance: dict[str, Any]) -> "Allocation":
+        """From the state_dict of `Remap`: `header`, and `memories.<name>.<tensor>`."""
+        header = bytes(state["header"].tolist()).decode()
+        tensors = {}
+        for key, tensor in state.items():
+            if key.startswith("memories."):
+                memory, _, name = key.removeprefix("memories.").partition(".")
+                tensors[f"{memory}/{name}"] = tensor
+        return cls._from_parts(header, tensors, provenance)
+
+    @classmethod
+    def _from_parts(cls, header: str, tensors: dict[str, Tensor], provenance: dict[str, Any]) -> "Allocation":
+        values = json.loads(header)
+        memories = []
+        for memory in values["memories"]:
+            prefix = f"{memory['name']}/"
+            own = {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
+            levels = tuple(Level(**level) for level in memory["levels"])
+            memories.append(MemoryAllocation(**{**memory, "tables": tuple(memory["tables"]), "levels": levels}, tensors=own))
+        tables = tuple(TableSpec(**table) for table in values["tables"])
+        config = LMAConfig.from_dict(values["config"])
+        return cls(config, tables, tuple(values["whole"]), tuple(memories), provenance)
+
+
+def new_memory(
+    layout: MemoryLayout, tables: Sequence[TableSpec], levels: tuple[Level, ...], tensors: Mapping[str, Tensor]
+) -> MemoryAllocation:
+    """The memory of a layout for those of its tables that are not whole."""
+    return MemoryAllocation(
+        layout.name, layout.dim, layout.raw_ids, tuple(table.name for table in tables), levels, tensors
+    )
+
+
+def check_rows(layout: MemoryLayout, rows: int) -> int:
+    """`rows`. Raises ValueError where a level of a memory cannot have as many."""
+    if rows < 1:
+        raise ValueError(
+            f"the budget of {layout.name!r} is {layout.budget_bytes} bytes, in which not one row of {layout.dim} "
+            f"columns of {layout.value_bytes} bytes fits; lower the compression or raise memory_bytes"
+        )
+    if rows > MAX_ROWS:
+        raise ValueError(
+            f"a level of {layout.name!r} would have {rows} rows, the most is {MAX_ROWS}; raise the compression, or "
+            "spread the tables over several collections"
+        )
+    return rows
+
+
+def all_tables(tables: Sequence[EmbeddingBagConfig], layouts: Sequence[MemoryLayout]) -> tuple[TableSpec, ...]:
+    """The specs of all tables, in the order of the tables."""
+    by_name = {spec.name: spec for layout in layouts for spec in layout.tables}
+    return tuple(by_name[table.name] for table in tables)
+
+
+def _checksum(metadata: dict[str, str]) -> str:
+    """SHA-256 of everything in the metadata but itself; the fingerprint in it covers the tensors."""
+    return hashlib.sha256(json.dumps({**metadata, "checksum": ""}, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,67 @@
+"""A set of small integers that knows the rank of each member: 1.5 bits for each integer of the range."""
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+_WORD = 64
+
+
+def build_bitmap(members: Tensor) -> Tensor:
+    """Pack a set.
+
+    Args:
+        members: bool [n], whether each of 0 .. n - 1 is a member.
+    Returns:
+        int64 [ceil(n / 64)], bit i % 64 of word i // 64 is member i.
+    """
+    bits = np.packbits(members.numpy(), bitorder="little")
+    padded = np.zeros(-(-members.numel() // _WORD) * (_WORD // 8), np.uint8)
+    padded[: bits.size] = bits
+    return torch.from_numpy(padded.view(np.int64))
+
+
+def popcount(words: Tensor) -> Tensor:
+    """How many bits are set, int64 of any shape; by halves (Warren, Hacker's Delight, section 5-1)."""
+    # The masks after each shift make torch's arithmetic shift logical.
+    x = words - ((words >> 1) & 0x5555555555555555)
+    x = (x & 0x3333333333333333) + ((x >> 2) & 0x3333333333333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F0F0F0F0F
+    return (x * 0x0101010101010101) >> 56
+
+
+def bitmap_bytes(n: int) -> int:
+    """Bytes of a `RankBitmap` of a range of n."""
+    return -(-n // _WORD) * 12
+
+
+class RankBitmap(nn.Module):
+    """Finds the rank of a member among all members, -1 for the others. Scripts and traces.
+
+    Args:
+        words: int64 [W] from `build_bitmap`; persistent, the ranks of the words are not, for they follow from it.
+    """
+
+    words: Tensor
+    before: Tensor
+
+    def __init__(self, words: Tensor) -> None:
+        super().__init__()
+        counts = popcount(words)
+        self.register_buffer("words", words)
+        self.register_buffer("before", (counts.cumsum(0) - counts).to(torch.int32), persistent=False)  # [W]
+
+    def forward(self, values: Tensor) -> Tensor:
+        """
+        Args:
+            values: int64 [L], in the range of the set, or negative for what is no member.
+        Returns:
+            int64 [L], the number of members below each member; -1 for what is no member.
+        """
+        inside = values.clamp(min=0)
+        word_index = inside >> 6
+        bit = inside & 63
+        word = self.words.index_select(0, word_index)
+        below = word & ((torch.ones_like(bit) << bit) - 1)  # bit 63 is never among these: shifts see no sign
+        rank = self.before.index_select(0, word_index) + popcount(below)
+        return torch.where((((word >> bit) & 1) == 1) & (values >= 0), rank, -1)

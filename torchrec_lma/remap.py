@@ -1,0 +1,401 @@
+"""Remap: from raw ids to rows of level tables, before TorchRec sees the batch.
+
+The only computation that an LMA table adds. Pure integer arithmetic on the local batch; nothing here knows of sharding,
+so an id has the same rows under every plan. Everything scripts, and traces under torch.fx and torch.export.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Dict, Final, List, Optional, Tuple
+
+import torch
+from torch import Tensor, nn
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+# Registers torch.ops.fbgemm.*
+import fbgemm_gpu  # noqa: F401  isort: skip
+
+from torchrec_lma.allocation.artifact import Allocation, MemoryAllocation
+from torchrec_lma.allocation.bitmap import RankBitmap
+from torchrec_lma.allocation.index import IdIndex
+from torchrec_lma.features import Slot, bag_ends, ids_per_feature, take_features
+from torchrec_lma.hashing import level_multiplier, mix64, salt, table_salt, to_row
+
+# torch.fx leaves alone what is wrapped in the module that calls it.
+torch.fx.wrap("bag_ends")
+torch.fx.wrap("ids_per_feature")
+torch.fx.wrap("take_features")
+
+
+class AllOwn(nn.Module):
+    """Every position is an owner, and its own row."""
+
+    def forward(self, positions: Tensor) -> Tensor:
+        return positions
+
+
+class NoneOwns(nn.Module):
+    """No position has an own row."""
+
+    def forward(self, positions: Tensor) -> Tensor:
+        return torch.full_like(positions, -1)
+
+
+class MemoryRemap(nn.Module):
+    """Rows of the levels of one memory.
+
+    On each level an id has its own row, or a shared one, or none. Own rows: on level 0 the rank of the id among those
+    that own one (of a bitmap of the vocabularies, or an index of raw ids), on level k the rank of its row of level k -
+    1 among those that own one, so an own row costs a bit or two an id and level, and each level looks at fewer ids than
+    the one before. Shared rows, where the level has some, are a hash of the id, or of its signature value k mod K, so
+    that ids which agree on it share the row (arXiv 2103.06124, section 4.2).
+
+    Args:
+        memory: its allocation.
+        slots: the features of the memory's tables.
+        num_embeddings: of each table, by name.
+        seed: of the hashes.
+    """
+
+    # Final, so that TorchScript drops the branches that a memory does not use.
+    raw_ids: Final[bool]
+    has_signatures: Final[bool]
+    first: Tensor
+    sizes: Tensor
+    salts: Tensor
+    signatures: Tensor
+
+    def __init__(
+        self, memory: MemoryAllocation, slots: Sequence[Slot], num_embeddings: Dict[str, int], seed: int
+    ) -> None:
+        super().__init__()
+        self.raw_ids = memory.raw_ids
+        self.own_rows = [level.own_rows for level in memory.levels]
+        self.shared_rows = [level.shared_rows for level in memory.levels]
+        self.packs = [level.pack for level in memory.levels]
+        self.multipliers = [level_multiplier(seed, k) for k in range(len(memory.levels))]
+        # From this level on, ids without an own row are not needed any more.
+        self.last_shared = max((k for k, rows in enumerate(self.shared_rows) if rows), default=-1)
+        self.signature_salt = salt("signature", seed)
+
+        tensors = memory.tensors
+        sizes = [num_embeddings[table] for table in memory.tables]
+        positions = sum(sizes)
+        owners: List[nn.Module] = []
+        for k, level in enumerate(memory.levels):
+            if f"owners.{k}.words" in tensors:
+                owners.append(RankBitmap(tensors[f"owners.{k}.words"]))
+            elif f"owners.{k}.low" in tensors:
+                owners.append(IdIndex(tensors[f"owners.{k}.low"], tensors[f"owners.{k}.starts"]))
+            else:
+                owners.append(AllOwn() if level.own_rows == positions else NoneOwns())
+            positions = level.own_rows
+        self.owners = nn.ModuleList(owners)
+        self.has_signatures = "signatures" in tensors
+        if self.has_signatures:
+            self.register_buffer("signatures", tensors["signatures"])  # int32 [S, K]
+            if memory.raw_ids:
+                self.signed: nn.Module = IdIndex(tensors["signed.low"], tensors["signed.starts"])
+            else:
+                self.signed = RankBitmap(tensors["signed.words"])
+
+        starts = dict(zip(memory.tables, torch.tensor([0, *sizes]).cumsum(0).tolist()))
+        for name, values in (
+            ("first", [starts[slot.table] for slot in slots]),  # position of id 0 of the slot's table
+            ("sizes", [num_embeddings[slot.table] for slot in slots]),
+            ("salts", [table_salt(seed, slot.table) for slot in slots]),
+        ):
+            self.register_buffer(name, torch.tensor(values, dtype=torch.int64), persistent=False)
+
+    def forward(
+        self, ids: Tensor, slot: Tensor, offsets: Tensor, weights: Optional[Tensor]
+    ) -> Tuple[List[Tensor], List[Tensor], List[Tensor], Tensor]:
+        """
+        Args:
+            ids: int64 [L], the bags of slot 0, then of slot 1, ...
+            slot: int64 [L], the slot of each id.
+            offsets: int64 [bags + 1], where the bags begin.
+            weights: float [L] per-sample weights, or None.
+        Returns:
+            rows int32 [M], lengths int32 [bags] and weights [M] of each level that has rows, `pack` times for a packed
+            one: once for each place in the table row. Weights are an empty list without any.
+            int64 [], how many ids are outside of their vocabulary.
+        """
+        if self.raw_ids:
+            position = mix64(ids ^ self.salts.index_select(0, slot))
+            outside = torch.zeros_like(offsets[0])
+        else:
+            inside = (ids >= 0) & (ids < self.sizes.index_select(0, slot))
+            position = torch.where(inside, ids + self.first.index_select(0, slot), -1)
+            outside = (~inside).sum()
+        all_rows: List[Tensor] = []
+        all_lengths: List[Tensor] = []
+        all_weights: List[Tensor] = []
+        own = position
+        own_offsets, own_weights = offsets, weights
+        for k, owners in enumerate(self.owners):
+            own = owners(own)
+            if self.shared_rows[k] > 0:  # all ids are still here, and each has a row
+                missing = (own < 0).nonzero().squeeze(1)
+                shared = self._shared(k, ids, slot, position, missing)
+                self._emit(k, own.index_copy(0, missing, shared), offsets, weights, all_rows, all_lengths, all_weights)
+            elif self.own_rows[k] > 0:
+                present = own >= 0
+                row_offsets = complete_cumsum(present).index_select(0, own_offsets)
+                kept = present.nonzero().squeeze(1)
+                rows = own.index_select(0, kept)
+                row_weights = own_weights
+                if row_weights is not None:
+                    row_weights = row_weights.index_select(0, kept)
+                self._emit(k, rows, row_offsets, row_weights, all_rows, all_lengths, all_weights)
+                if k >= self.last_shared:
+                    own, own_offsets, own_weights = rows, row_offsets, row_weights
+        return all_rows, all_lengths, all_weights, outside
+
+    def _shared(self, k: int, ids: Tensor, slot: Tensor, position: Tensor, missing: Tensor) -> Tensor:
+        """int64 [M], the shared rows on level k of those of the ids that are at these places, int64 [M]."""
+        place = position.index_select(0, missing)
+        if self.raw_ids:
+            keys = place
+        else:
+            keys = mix64(ids.index_select(0, missing) ^ self.salts.index_select(0, slot.index_select(0, missing)))
+        if self.has_signatures:
+            found = self.signed(place)
+            values = self.signatures[:, k % self.signatures.size(1)].index_select(0, found.clamp(min=0))
+            by_value = mix64(values.to(torch.int64) ^ self.signature_salt)
+            keys = torch.where(found >= 0, by_value, keys)
+        return to_row(keys, self.multipliers[k], self.shared_rows[k]) + self.own_rows[k]
+
+    def _emit(
+        self,
+        k: int,
+        rows: Tensor,
+        offsets: Tensor,
+        weights: Optional[Tensor],
+        all_rows: List[Tensor],
+        all_lengths: List[Tensor],
+        all_weights: List[Tensor],
+    ) -> None:
+        pack = self.packs[k]
+        for place in range(pack):
+            if pack > 1:
+                here = rows % pack == place
+                kept = here.nonzero().squeeze(1)
+                ends = complete_cumsum(here).index_select(0, offsets)
+                all_rows.append((rows.index_select(0, kept) // pack).to(torch.int32))
+                all_lengths.append((ends[1:] - ends[:-1]).to(torch.int32))
+                if weights is not None:
+                    all_weights.append(weights.index_select(0, kept))
+            else:
+                all_rows.append(rows.to(torch.int32))
+                all_lengths.append((offsets[1:] - offsets[:-1]).to(torch.int32))
+                if weights is not None:
+                    all_weights.append(weights)
+
+
+class Remap(nn.Module):
+    """Turns a batch of raw ids into one of rows: the input of the plain collection of level tables and whole tables.
+
+    A child of the collection, sharded or not, so that the allocation travels in every state_dict and checkpoint, and
+    weights that were trained under another one are refused.
+
+    Args:
+        allocation: of the collection.
+        slots: the features of its tables.
+        is_weighted: whether batches carry per-sample weights.
+
+    Attributes:
+        keys: of the batch of rows: `<table>/<feature>` of whole tables, then for each level of each memory, for each
+            place in a packed row, `<table>/<feature>/<level>/<place>`.
+        sources: the index in `slots` of each key.
+        out_of_vocabulary: int64 [], how many ids so far were outside of their vocabulary. They are treated as unseen.
+        strict: raise an error for them instead.
+    """
+
+    is_weighted: Final[bool]
+    fingerprint: Tensor
+    header: Tensor
+    out_of_vocabulary: Tensor
+    whole_sizes: Tensor
+
+    def __init__(self, allocation: Allocation, slots: Sequence[Slot], is_weighted: bool) -> None:
+        super().__init__()
+        self.expected = allocation.fingerprint
+        self.is_weighted = is_weighted
+        self.strict = False
+        self.register_buffer("fingerprint", _bytes_tensor(bytes.fromhex(allocation.fingerprint)))
+        self.register_buffer("header", _bytes_tensor(allocation.header.encode()))
+        self.register_buffer("out_of_vocabulary", torch.zeros((), dtype=torch.int64), persistent=False)
+        num_embeddings = {table.name: table.num_embeddings for table in allocation.tables}
+
+        self.keys: List[str] = []
+        self.sources: List[int] = []
+        whole = [i for i, slot in enumerate(slots) if slot.table in allocation.whole]
+        self.keys += [whole_key(slots[i]) for i in whole]
+        self.sources += whole
+        self.register_buffer(
+            "whole_sizes", torch.tensor([num_embeddings[slots[i].table] for i in whole]).long(), persistent=False
+        )
+        order = list(whole)
+        self.n_whole = len(whole)
+        self.memory_slots: List[int] = []
+        memories: Dict[str, nn.Module] = {}
+        for memory in allocation.memories:
+            members = [i for table in memory.tables for i, slot in enumerate(slots) if slot.table == table]
+            memories[memory.name] = MemoryRemap(
+                memory, [slots[i] for i in members], num_embeddings, allocation.config.seed
+            )
+            self.memory_slots.append(len(members))
+            order += members
+            for k, level in enumerate(memory.levels):
+                for place in range(level.pack if level.rows else 0):
+                    self.keys += [level_key(slots[i], k, place) for i in members]
+                    self.sources += members
+        self.memories = nn.ModuleDict(memories)
+        self.features = [slots[i].feature for i in order]
+        self.features_of_keys = [slots[i].feature for i in self.sources]
+        self._checked_version = -1
+
+    def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
+        """
+        Args:
+            features: a batch with the features of the collection, and maybe others.
+        Returns:
+            The batch of rows, int32, with lengths int32; `keys` in order.
+        """
+        batch = take_features(features, self.features)
+        ids = batch.values().to(torch.int64)
+        lengths = batch.lengths()
+        offsets = complete_cumsum(lengths)
+        bags = bag_ends(batch)
+        ends = batch.offset_per_key()
+        counts = ids_per_feature(batch)
+        weights: Optional[Tensor] = None
+        if self.is_weighted:
+            weights = batch.weights()
+        all_rows: List[Tensor] = []
+        all_lengths: List[Tensor] = []
+        all_weights: List[Tensor] = []
+        outside = torch.zeros_like(self.out_of_vocabulary)
+        first = self.n_whole
+        if self.n_whole > 0:
+            whole = ids[: ends[first]]
+            sizes = self.whole_sizes.repeat_interleave(counts[:first], output_size=whole.numel())
+            inside = (whole >= 0) & (whole < sizes)
+            all_rows.append(torch.where(inside, whole, sizes).to(torch.int32))  # the last row is that of unseen ids
+            all_lengths.append(lengths[: bags[first]].to(torch.int32))
+            if weights is not None:
+                all_weights.append(weights[: ends[first]])
+            outside = outside + (~inside).sum()
+        m = 0
+        for memory in self.memories.values():
+            end = first + self.memory_slots[m]
+            begins = ends[first]
+            of_memory = ids[begins : ends[end]]
+            slot = torch.arange(end - first, device=ids.device).repeat_interleave(
+                counts[first:end], output_size=of_memory.numel()
+            )
+            of_weights: Optional[Tensor] = None
+            if weights is not None:
+                of_weights = weights[begins : ends[end]]
+            rows, row_lengths, row_weights, beyond = memory(
+                of_memory, slot, offsets[bags[first] : bags[end] + 1] - begins, of_weights
+            )
+            all_rows += rows
+            all_lengths += row_lengths
+            all_weights += row_weights
+            outside = outside + beyond
+            first = end
+            m += 1
+        self.out_of_vocabulary.add_(outside)
+        if self.strict and bool(outside > 0):
+            raise ValueError(
+                f"{int(outside)} ids of the batch are outside of their table's [0, num_embeddings); correct the "
+                "vocabulary, name the table in LMAConfig.raw_ids, or leave strict off, which treats them as unseen"
+            )
+        return _rows_batch(features, self.keys, self.features_of_keys, all_rows, all_lengths, all_weights)
+
+    def check_state_dict(self, state_dict: Dict[str, Any], prefix: str) -> None:
+        """Raises ValueError, before anything is loaded, if the state was written under another allocation."""
+        if f"{prefix.removesuffix('remap.')}addressing.fingerprint" in state_dict:
+            raise ValueError(
+                "the state is of torchrec_lma's first edition, which cut memories into chunks; this one cannot load it"
+            )
+        loaded = state_dict.get(f"{prefix}fingerprint")
+        if isinstance(loaded, Tensor):
+            self._check(_hex(loaded))
+
+    def check_not_overwritten(self) -> None:
+        """Raises ValueError if a checkpoint of another allocation was read into this module's tensors.
+
+        torch.distributed.checkpoint writes into the tensors of a state_dict, so load_state_dict may never be called.
+        Autograd's version counter tells when that happened; only then is the fingerprint read back from its device.
+        """
+        if torch.compiler.is_compiling() or isinstance(self.fingerprint, torch.fx.Proxy):
+            return
+        # An inference tensor counts no versions: it is checked once.
+        version = 0 if self.fingerprint.is_inference() else self.fingerprint._version
+        if version != self._checked_version:
+            self._check(_hex(self.fingerprint))
+            self._checked_version = version
+
+    def _check(self, loaded: str) -> None:
+        if loaded != self.expected:
+            raise ValueError(
+                f"the checkpoint was written with allocation {loaded}, this model has allocation {self.expected}: its "
+                "weights would be read at the wrong rows. Build the model with the checkpoint's own allocation: "
+                "Allocation.from_checkpoint(path)"
+            )
+
+
+def whole_key(slot: Slot) -> str:
+    """The key of the batch of rows that feeds a whole table."""
+    return f"{slot.table}/{slot.feature}"
+
+
+def level_key(slot: Slot, level: int, place: int) -> str:
+    """The key of the batch of rows that feeds a level from a slot, of its rows at a place in packed rows."""
+    return f"{slot.table}/{slot.feature}/{level}/{place}"
+
+
+def complete_cumsum(values: Tensor) -> Tensor:
+    """int64 [n + 1], the sum of the values before each place, and of all."""
+    return torch.ops.fbgemm.asynchronous_complete_cumsum(values.to(torch.int64))
+
+
+@torch.fx.wrap
+def _rows_batch(
+    features: KeyedJaggedTensor,
+    keys: List[str],
+    features_of_keys: List[str],
+    rows: List[Tensor],
+    lengths: List[Tensor],
+    weights: List[Tensor],
+) -> KeyedJaggedTensor:
+    """The batch of rows, with the batch size of `features`, or with VBE those of its features."""
+    all_weights: Optional[Tensor] = None
+    if len(weights) > 0:
+        all_weights = torch.cat(weights)
+    if not torch.jit.is_scripting() and features.variable_stride_per_key():
+        at = [features.keys().index(feature) for feature in features_of_keys]
+        strides = features.stride_per_key_per_rank()
+        names, indices = features.inverse_indices()
+        of_keys = torch.tensor([names.index(feature) for feature in features_of_keys]).to(indices.device)
+        return KeyedJaggedTensor(
+            keys=keys,
+            values=torch.cat(rows),
+            lengths=torch.cat(lengths),
+            weights=all_weights,
+            stride_per_key_per_rank=[strides[i] for i in at],
+            inverse_indices=(keys, indices.index_select(0, of_keys)),
+        )
+    return KeyedJaggedTensor(
+        keys=keys, values=torch.cat(rows), lengths=torch.cat(lengths), weights=all_weights, stride=features.stride()
+    )
+
+
+def _bytes_tensor(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def _hex(fingerprint: Tensor) -> str:
+    return bytes(fingerprint.cpu().tolist()).hex()
