@@ -52,7 +52,7 @@ class MemoryAllocation:
     raw_ids: bool
     tables: tuple[str, ...]
     levels: tuple[Level, ...]
-    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def nbytes(self) -> int:
