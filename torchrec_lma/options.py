@@ -6,11 +6,24 @@ from dataclasses import replace
 from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, PoolingType
 
 from torchrec_lma.allocation import AllocationBuilder, ContextMinHash, RowsMinHash, Source
-from torchrec_lma.config import LMAConfig
-from torchrec_lma.datasets import CriteoDataset, NumpyDataset, ParquetDataset, RowDataset, Schema, Split, movielens
+from torchrec_lma.config import WEIGHT_TYPES, LMAConfig
+from torchrec_lma.datasets import (
+    CriteoDataset,
+    NumpyDataset,
+    ParquetDataset,
+    RowDataset,
+    Schema,
+    Split,
+    Vocabulary,
+    movielens,
+)
 
 MOVIELENS = "movielens-100k"
-SOURCES = (RowsMinHash.NAME, ContextMinHash.NAME)
+SOURCES: dict[str, Source | None] = {
+    "none": None,
+    RowsMinHash.NAME: RowsMinHash(),
+    ContextMinHash.NAME: ContextMinHash(),
+}
 
 
 def add_data_options(
@@ -79,18 +92,33 @@ def add_table_options(parser: argparse.ArgumentParser) -> None:
         "--num-embeddings",
         type=int,
         metavar="ROWS",
-        help="rows of each full table, which is what compression is measured against; without it the distinct ids of "
-        "the training rows are counted, in one more pass over them",
+        help="rows of each full table, which is what compression is measured against. Ids are then taken as they are: "
+        "full tables take them modulo ROWS, LMA tables raw. Without it the distinct ids of the training rows are a "
+        "vocabulary, which takes one more pass over them",
     )
-    group.add_argument("--data-type", choices=("FP32", "FP16", "BF16"), default="FP32", help="of the weights")
+    group.add_argument(
+        "--data-type",
+        choices=[data_type.name for data_type in WEIGHT_TYPES],
+        help="of the weights (default: FP32 of full tables, FP16 of LMA tables, which stand for full ones of FP32)",
+    )
     group.add_argument("--pooling", choices=("SUM", "MEAN"), default="SUM", help="of features with several ids a row")
 
 
+def make_vocabulary(args: argparse.Namespace, dataset: RowDataset) -> Vocabulary | None:
+    """Rows for the ids of the training rows, in one pass over them; None where tables take ids as they are.
+
+    What it gives for an id of another row, 0, is no id of the training rows: full and LMA tables know it as little.
+    """
+    if args.num_embeddings is not None or args.raw_ids:
+        return None
+    return Vocabulary(dataset.distinct_ids())
+
+
 def count_embeddings(args: argparse.Namespace, dataset: RowDataset) -> dict[str, int]:
-    """Rows of each column's full table: --num-embeddings, or the distinct ids of the training rows."""
+    """Rows of each column's full table: --num-embeddings, or as many as the vocabulary of the training rows gives."""
     if args.num_embeddings is not None:
         return dict.fromkeys(dataset.schema.categorical, args.num_embeddings)
-    return dataset.cardinalities()
+    return {column: ids + 1 for column, ids in dataset.cardinalities().items()}
 
 
 def make_tables(args: argparse.Namespace, num_embeddings: dict[str, int]) -> list[EmbeddingBagConfig]:
@@ -98,9 +126,10 @@ def make_tables(args: argparse.Namespace, num_embeddings: dict[str, int]) -> lis
     empty = [column for column, rows in num_embeddings.items() if rows < 1]
     if empty:
         raise ValueError(
-            f"the tables of columns {', '.join(empty)} would have no row: leave columns without an id in the training "
-            "rows out of --categorical, or give --num-embeddings of at least 1"
+            f"the tables of columns {', '.join(empty)} would have no row; give --num-embeddings of at least 1"
         )
+    # LMA tables stand for full tables of FP32, whatever their own weights are.
+    data_type = args.data_type if getattr(args, "table", "lma") == "full" and args.data_type is not None else "FP32"
     return [
         EmbeddingBagConfig(
             name=f"t_{column}",
@@ -108,7 +137,7 @@ def make_tables(args: argparse.Namespace, num_embeddings: dict[str, int]) -> lis
             embedding_dim=args.dim,
             feature_names=[column],
             pooling=PoolingType[args.pooling],
-            data_type=DataType[args.data_type],
+            data_type=DataType[data_type],
         )
         for column, rows in num_embeddings.items()
     ]
@@ -119,61 +148,30 @@ def add_lma_options(parser: argparse.ArgumentParser) -> None:
     budget = group.add_mutually_exclusive_group()
     budget.add_argument("--compression", type=float, metavar="FACTOR", help="full size over budget (default: 16)")
     budget.add_argument("--memory-bytes", type=int, metavar="BYTES", help="the budget itself")
-    group.add_argument("--chunk-dim", type=int, default=4, help="columns of a chunk (default: %(default)s)")
-    group.add_argument("--hash-seed", type=int, default=0, help="of the addresses (default: %(default)s)")
+    group.add_argument(
+        "--skew",
+        type=float,
+        default=LMAConfig.skew,
+        help="0 gives all ids as many columns, more gives more to the frequent ones (default: %(default)s)",
+    )
+    group.add_argument(
+        "--widths",
+        type=int,
+        nargs="+",
+        metavar="COLUMNS",
+        help="of the levels, which add up to --dim (default: chosen)",
+    )
     group.add_argument(
         "--source",
-        choices=(*SOURCES, "none"),
-        default=RowsMinHash.NAME,
-        help="what makes ids similar: the rows they are in, or the ids of other columns they occur with; none hashes "
-        "every id that is not dedicated (default: %(default)s)",
+        choices=SOURCES,
+        default="none",
+        help="which ids without a row of their own share one: any, those in the same rows, or those that the same ids "
+        "stand beside (default: %(default)s)",
     )
     group.add_argument(
-        "--source-of",
-        nargs="+",
-        default=[],
-        metavar="COLUMN=SOURCE",
-        help="another --source for some columns, for example item=context-minhash day=none",
-    )
-    group.add_argument(
-        "--context",
-        nargs="+",
-        default=[],
-        metavar="COLUMN",
-        help="columns that context-minhash looks at (default: all others)",
-    )
-    group.add_argument("--weighted", action="store_true", help="count how often: weighted Jaccard similarity")
-    group.add_argument("--power", type=int, default=RowsMinHash.power, help="of the similarity (default: %(default)s)")
-    group.add_argument(
-        "--num-values", type=int, default=RowsMinHash.num_values, help="stored per signature (default: %(default)s)"
-    )
-    group.add_argument(
-        "--min-support",
-        type=int,
-        default=RowsMinHash.min_support,
-        help="sampled rows an id needs for a signature (default: %(default)s)",
-    )
-    group.add_argument(
-        "--max-rows", type=int, default=RowsMinHash.max_rows, help="rows to sample at most (default: %(default)s)"
-    )
-    group.add_argument("--within-table", action="store_true", help="share by signature within a table only")
-    group.add_argument(
-        "--max-ids",
-        type=int,
-        default=AllocationBuilder.MAX_IDS,
-        help="distinct ids to count exactly; with more, counts are estimates (default: %(default)s)",
-    )
-    group.add_argument(
-        "--dedicated-fraction",
-        type=float,
-        default=AllocationBuilder.DEDICATED_FRACTION,
-        help="share of the budget for rows of the most frequent ids (default: %(default)s)",
-    )
-    group.add_argument(
-        "--signature-fraction",
-        type=float,
-        default=AllocationBuilder.SIGNATURE_FRACTION,
-        help="share of the budget for signatures (default: %(default)s)",
+        "--raw-ids",
+        action="store_true",
+        help="take any 64-bit ids, without a vocabulary: for ids that come and go",
     )
 
 
@@ -181,38 +179,15 @@ def make_config(args: argparse.Namespace) -> LMAConfig:
     compression = args.compression
     if compression is None and args.memory_bytes is None:
         compression = 16
-    return LMAConfig(compression, args.memory_bytes, args.chunk_dim, args.hash_seed)
+    return LMAConfig(
+        compression,
+        args.memory_bytes,
+        tuple(args.widths) if args.widths else None,
+        args.data_type,
+        args.skew,
+        raw_ids=args.raw_ids or args.num_embeddings is not None,
+    )
 
 
 def make_builder(args: argparse.Namespace, tables: list[EmbeddingBagConfig]) -> AllocationBuilder:
-    names = {table.name: args.source for table in tables}
-    for choice in args.source_of:
-        column, _, name = choice.partition("=")
-        if f"t_{column}" not in names or name not in (*SOURCES, "none"):
-            raise ValueError(
-                f"--source-of {choice!r} is not COLUMN=SOURCE with a column of {[t.name[2:] for t in tables]} and a "
-                f"source of {[*SOURCES, 'none']}"
-            )
-        names[f"t_{column}"] = name
-    settings = (args.power, args.num_values, args.min_support, args.max_rows, args.within_table, args.weighted)
-    unknown = [column for column in args.context if f"t_{column}" not in names]
-    if unknown:
-        raise ValueError(f"--context {' '.join(unknown)}: no such column; choose from {[t.name[2:] for t in tables]}")
-    if args.context and ContextMinHash.NAME not in names.values():
-        raise ValueError(
-            f"--context {' '.join(args.context)} is for columns whose source is {ContextMinHash.NAME}, and there are "
-            f"none: give --source {ContextMinHash.NAME}, or --source-of COLUMN={ContextMinHash.NAME}, or no --context"
-        )
-    context = tuple(f"t_{column}" for column in args.context)
-    sources: dict[str, Source | None] = {
-        RowsMinHash.NAME: RowsMinHash(*settings),
-        ContextMinHash.NAME: ContextMinHash(*settings, fields=context),
-    }
-    return AllocationBuilder(
-        tables,
-        make_config(args),
-        {table: sources.get(name) for table, name in names.items()},
-        args.dedicated_fraction,
-        args.signature_fraction,
-        args.max_ids,
-    )
+    return AllocationBuilder(tables, make_config(args), SOURCES[args.source])
