@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
-from torchrec_lma.allocation.layout import MAX_ROWS, Level, MemoryLayout, TableSpec, default_widths, lay_out
+from torchrec_lma.allocation.layout import Level, MemoryLayout, TableSpec, lay_out, shared_levels
+from torchrec_lma.allocation.validation import check_memory, check_tables
 from torchrec_lma.config import LMAConfig
 
 FORMAT_VERSION = 3
@@ -94,16 +95,14 @@ class Allocation:
         """The allocation that needs no data and no bytes: no id has a row of its own, all share by hash.
 
         With one level this is the hashing trick, with several of equal width random chunk sharing (arXiv 2103.06124,
-        section 3). Without `config.widths` it is one level as wide as the dim.
+        section 3). Without `config.widths` it is one level as wide as the dim, or as few as a kernel takes.
 
         Raises ValueError as `AllocationBuilder`, or if the budget holds not one row.
         """
         layouts = lay_out(tables, config)
         memories = []
         for layout in layouts:
-            widths = layout.widths or default_widths(layout.dim, layout.dim)
-            rows = layout.budget_bytes // (layout.dim * layout.value_bytes)
-            levels = tuple(Level(width, 0, check_rows(layout, rows)) for width in widths)
+            levels = shared_levels(layout, layout.budget_bytes)
             memories.append(new_memory(layout, layout.tables, levels, {}))
         return cls(config, all_tables(tables, layouts), (), tuple(memories), {"source": None})
 
@@ -197,7 +196,8 @@ class Allocation:
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: not an allocation, truncated, changed since it was written, or of another format version.
+            ValueError: not an allocation, truncated, changed since it was written, of another format version, or with
+                contents that no builder makes.
         """
         path = Path(path)
         if not path.is_file():
@@ -224,7 +224,10 @@ class Allocation:
             )
         if metadata.get("checksum") != _checksum(metadata):
             raise ValueError(f"{path} does not match its checksum; the file was damaged. Build it again")
-        allocation = cls._from_parts(metadata["header"], tensors, json.loads(metadata["provenance"]))
+        try:
+            allocation = cls._from_parts(metadata["header"], tensors, json.loads(metadata["provenance"]))
+        except ValueError as error:
+            raise ValueError(f"{path} holds what no builder makes: {error}. Build it again") from error
         if allocation.fingerprint != metadata["fingerprint"]:
             raise ValueError(
                 f"{path} says its fingerprint is {metadata['fingerprint']} but its contents have "
@@ -260,7 +263,10 @@ class Allocation:
         dcp.load(state, storage_reader=reader, no_dist=True)
         tensors = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
         stated = bytes(tensors.pop("fingerprint").tolist()).hex()
-        allocation = cls.from_state(tensors, {"source": f"checkpoint {path}"})
+        try:
+            allocation = cls.from_state(tensors, {"source": f"checkpoint {path}"})
+        except ValueError as error:
+            raise ValueError(f"{path} holds what no builder makes: {error}; it was damaged") from error
         if allocation.fingerprint != stated:
             raise ValueError(f"{path} states allocation {stated} but holds {allocation.fingerprint}; it was damaged")
         return allocation
@@ -278,15 +284,27 @@ class Allocation:
 
     @classmethod
     def _from_parts(cls, header: str, tensors: dict[str, Tensor], provenance: dict[str, Any]) -> "Allocation":
-        values = json.loads(header)
-        memories = []
-        for memory in values["memories"]:
-            prefix = f"{memory['name']}/"
-            own = {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
-            levels = tuple(Level(**level) for level in memory["levels"])
-            memories.append(MemoryAllocation(**{**memory, "tables": tuple(memory["tables"]), "levels": levels}, tensors=own))
-        tables = tuple(TableSpec(**table) for table in values["tables"])
-        config = LMAConfig.from_dict(values["config"])
+        """Raises ValueError if these parts make no allocation."""
+        try:
+            values = json.loads(header)
+            tables = tuple(TableSpec(**table) for table in values["tables"])
+            by_name = {table.name: table for table in tables}
+            memories = []
+            for memory in values["memories"]:
+                prefix = f"{memory['name']}/"
+                own = {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
+                levels = tuple(Level(**level) for level in memory["levels"])
+                fields = {**memory, "tables": tuple(memory["tables"]), "levels": levels}
+                memories.append(MemoryAllocation(**fields, tensors=own))
+            if len({one.name for one in memories}) < len(memories):
+                raise ValueError(f"memories {[one.name for one in memories]} have a name twice")
+            check_tables(tables, values["whole"], [table for memory in memories for table in memory.tables])
+            for one in memories:
+                of_memory = [by_name[table] for table in one.tables]
+                check_memory(one.name, one.dim, one.raw_ids, of_memory, one.levels, one.tensors)
+            config = LMAConfig.from_dict(values["config"])
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise ValueError(f"the parts make no allocation ({type(error).__name__}: {error})") from error
         return cls(config, tables, tuple(values["whole"]), tuple(memories), provenance)
 
 
@@ -297,21 +315,6 @@ def new_memory(
     return MemoryAllocation(
         layout.name, layout.dim, layout.raw_ids, tuple(table.name for table in tables), levels, tensors
     )
-
-
-def check_rows(layout: MemoryLayout, rows: int) -> int:
-    """`rows`. Raises ValueError where a level of a memory cannot have as many."""
-    if rows < 1:
-        raise ValueError(
-            f"the budget of {layout.name!r} is {layout.budget_bytes} bytes, in which not one row of {layout.dim} "
-            f"columns of {layout.value_bytes} bytes fits; lower the compression or raise memory_bytes"
-        )
-    if rows > MAX_ROWS:
-        raise ValueError(
-            f"a level of {layout.name!r} would have {rows} rows, the most is {MAX_ROWS}; raise the compression, or "
-            "spread the tables over several collections"
-        )
-    return rows
 
 
 def all_tables(tables: Sequence[EmbeddingBagConfig], layouts: Sequence[MemoryLayout]) -> tuple[TableSpec, ...]:

@@ -1,24 +1,23 @@
 """A set of small integers that knows the rank of each member: 1.5 bits for each integer of the range."""
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 _WORD = 64
 
 
-def build_bitmap(members: Tensor) -> Tensor:
+def build_bitmap(members: Tensor, n: int) -> Tensor:
     """Pack a set.
 
     Args:
-        members: bool [n], whether each of 0 .. n - 1 is a member.
+        members: int64 [M], the members, each once, in [0, n).
+        n: size of the range.
     Returns:
         int64 [ceil(n / 64)], bit i % 64 of word i // 64 is member i.
     """
-    bits = np.packbits(members.numpy(), bitorder="little")
-    padded = np.zeros(-(-members.numel() // _WORD) * (_WORD // 8), np.uint8)
-    padded[: bits.size] = bits
-    return torch.from_numpy(padded.view(np.int64))
+    words = torch.zeros(-(-n // _WORD), dtype=torch.int64)
+    # Members are distinct, so no sum carries, and the one that reaches the sign bit is as good as an or.
+    return words.index_add_(0, members >> 6, torch.ones_like(members) << (members & 63))
 
 
 def popcount(words: Tensor) -> Tensor:

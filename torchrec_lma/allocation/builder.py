@@ -4,18 +4,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchrec_lma.allocation.artifact import Allocation, MemoryAllocation, all_tables, check_rows, new_memory
+from torchrec_lma.allocation.artifact import Allocation, MemoryAllocation, all_tables, new_memory
 from torchrec_lma.allocation.bitmap import bitmap_bytes, build_bitmap
 from torchrec_lma.allocation.frequency import IdFrequency
 from torchrec_lma.allocation.index import build_index
-from torchrec_lma.allocation.layout import KERNEL_WIDTH, Level, MemoryLayout, TableSpec, default_widths, lay_out
-from torchrec_lma.allocation.ownership import Costs, choose_owners
+from torchrec_lma.allocation.layout import Level, MemoryLayout, TableSpec, check_rows, kernel_takes, lay_out
+from torchrec_lma.allocation.ownership import SHARED_FRACTION, choose_levels, place_owners
 from torchrec_lma.allocation.sample import Rows, RowSample
 from torchrec_lma.allocation.sources import ContextMinHash, RowsMinHash, RowsSource, SimHash, Source
 from torchrec_lma.config import LMAConfig, check_int
@@ -36,12 +35,14 @@ class AllocationBuilder:
         config: the LMAConfig, as given to it.
         source: what similarity of ids that share rows is measured on, for all tables or by table name; None, or a table
             left out, gives no signatures: they share by hash. SimHash needs vectors: see `from_vectors`.
-        shared_fraction: share of the budget for shared rows, in [0, 1]. None: an eighth where not every id that was seen
-            has an own row, else a few rows for ids that were not. With 1 no id owns a row, all levels are shared and
-            have equally many rows: with levels of equal width and a source that is the paper's LMA.
+        shared_fraction: share of the bytes of rows for those that ids share, in [0, 1]. None: an eighth where not every
+            id that was seen has an own row, else a few rows for ids that were not. With 1 no id owns a row, all levels
+            are shared and have equally many rows: with levels of equal width and a source that is the paper's LMA. So
+            they are too where nothing is known of ids, or telling owners from others would take all bytes there are.
         signature_fraction: share of the budget for signatures, in [0, 1). The most frequent ids that share rows get
             them, as many as fit. Not used without a source.
-        whole_fraction: share of the budget for tables that are kept whole, smallest first, in [0, 1].
+        whole_fraction: share of the budget for tables that are kept whole, smallest first, in [0, 1]. Where all tables
+            of a memory fit in its budget, all are.
         max_ids: distinct ids of all tables together that are counted exactly, at 24 bytes each and 2 MiB at most. Where
             there are more, and more rows than a source samples, only ids in the sampled rows can own rows, their counts
             are estimates of a sketch, and the provenance says so. Make it several times the number of own rows.
@@ -58,7 +59,7 @@ class AllocationBuilder:
         builder.build().save("allocation.safetensors")
     """
 
-    SHARED_FRACTION = 0.125
+    SHARED_FRACTION = SHARED_FRACTION
     SIGNATURE_FRACTION = 0.125
     WHOLE_FRACTION = 0.0625
     MAX_IDS = 1 << 24
@@ -217,6 +218,34 @@ class AllocationBuilder:
         self._sample.add(torch.cat(keys), torch.cat(tables), torch.cat(rows), features.stride())
         return self
 
+    def add_counts(self, table: str, ids: Any, counts: Any) -> "AllocationBuilder":
+        """Add occurrences that were counted elsewhere, such as with the vocabulary, without the rows they stand in.
+
+        Args:
+            table: name of the table.
+            ids: integer [n], tensor, array or sequence, each id once.
+            counts: integer [n], how often each occurs, >= 1.
+        Raises:
+            TypeError: ids or counts that are not integers.
+            ValueError: no such table; shapes that do not fit; an id twice; a count below 1.
+        """
+        if table not in self._salts:
+            raise ValueError(f"no table {table!r}; the tables are {self._table_names}")
+        keys = mix64(_int64(ids, f"the ids of {table!r}") ^ self._salts[table])
+        of_key = _int64(counts, f"the counts of {table!r}")
+        if keys.dim() != 1 or of_key.shape != keys.shape:
+            raise ValueError(
+                f"ids of shape {list(keys.shape)} and counts of shape {list(of_key.shape)} for table {table!r}; "
+                "expected [n] and [n]"
+            )
+        if of_key.numel() and int(of_key.min()) < 1:
+            raise ValueError(f"{table!r} has a count of {int(of_key.min())}; leave ids that do not occur out")
+        keys, order = torch.sort(keys)
+        if bool((keys[1:] == keys[:-1]).any()):
+            raise ValueError(f"an id of table {table!r} is given twice; add its counts up")
+        self._frequency.add_counts(self._table_names.index(table), keys.numpy(), of_key[order].numpy())
+        return self
+
     def merge(self, other: "AllocationBuilder") -> "AllocationBuilder":
         """Add the rows and vectors another builder has seen. In any order and grouping, the result is the same.
 
@@ -251,15 +280,14 @@ class AllocationBuilder:
         rows = self._sample.rows()
         row_of_key = rows.row_of_key()
         with_vectors = {name for name, (keys, _) in self._vectors.items() if keys.numel()}
-        if rows.hash.numel() == 0 and not with_vectors:
+        if rows.hash.numel() == 0 and not with_vectors and not any(self._frequency.occurrences):
             raise ValueError("no training row was given; call update first, or use Allocation.hashed(tables, config)")
         for name, occurrences in zip(self._table_names, self._frequency.occurrences):
             if self.sources[name] is not None and not occurrences and name not in with_vectors:
                 features = [slot.feature for slot in self._slots if slot.table == name]
                 raise ValueError(
                     f"table {name!r} has no id in any of the {self._sample.rows_seen} rows; check that its features "
-                    f"{features} are filled, or give it no source: source={{{name!r}: None, ...}} with the sources "
-                    "of the others"
+                    f"{features} are filled, or leave it out of the sources: source={{other: ..., ...}}"
                 )
         memories, whole, ids = [], [], {}
         for layout in self._layouts:
@@ -310,16 +338,28 @@ class AllocationBuilder:
         by_frequency = by_key[torch.sort(ids.count[by_key], descending=True, stable=True).indices]
         seen = by_frequency[ids.count[by_frequency] > 0]
 
-        levels, signature_bytes = self._levels(layout, ids.count[seen].numpy(), n_positions, budget)
-        tensors, owners = self._owner_tensors(levels, ids, seen, positions, n_positions)
-        every_level = levels[0].own_rows == 0
-        sharing = by_frequency if every_level else by_frequency[~torch.isin(by_frequency, owners)]
+        levels, signature_bytes = choose_levels(
+            layout,
+            ids.count[seen].numpy(),
+            n_positions,
+            budget,
+            self.config.skew,
+            self.shared_fraction,
+            self._signature_bytes(ids, n_positions, budget),
+        )
+        levels, tensors, owns = place_owners(
+            levels, ids.keys[seen], None if positions is None else positions[seen], n_positions
+        )
+        owners = seen[owns]
+        is_owner = torch.zeros_like(ids.eligible)
+        is_owner[owners] = True
+        sharing = by_frequency[~is_owner[by_frequency]]
         signed = self._sign(levels, ids, sharing, positions, n_positions, signature_bytes, rows, tensors)
         agreeing = _agreeing(tensors["signatures"]) if signed.numel() else torch.zeros(0, dtype=torch.bool)
         for table in tables:
             here = ids.table == self._table_names.index(table.name)
             record[table.name] |= {
-                "own": [int(here[seen[: level.own_rows]].sum()) for level in levels],
+                "own": [int(here[owners[: level.own_rows]].sum()) for level in levels],
                 "with_signature": int(here[signed].sum()),
                 "sharing_by_signature": int(here[signed[agreeing]].sum()),
             }
@@ -328,15 +368,15 @@ class AllocationBuilder:
 
     def _whole_tables(self, layout: MemoryLayout) -> tuple[list[str], int]:
         """Names of the tables that are kept whole, and the bytes that are left to the others."""
-        if layout.raw_ids or self.shared_fraction == 1:
+        if layout.raw_ids or self.shared_fraction == 1 or not kernel_takes(layout.dim):
             return [], layout.budget_bytes
         row_bytes = layout.dim * layout.value_bytes
-        sizes = {table.name: (table.num_embeddings + 1) * row_bytes for table in layout.tables}
-        if sum(sizes.values()) <= layout.budget_bytes:
-            return list(sizes), 0
         whole, used = [], 0
-        for name, size in sorted(sizes.items(), key=lambda item: item[1]):
-            if used + size > self.whole_fraction * layout.budget_bytes:
+        # One row more, for ids that are not of the vocabulary.
+        sizes = [(check_rows(layout, table.num_embeddings + 1) * row_bytes, table.name) for table in layout.tables]
+        all_fit = sum(size for size, _ in sizes) <= layout.budget_bytes
+        for size, name in sorted(sizes, key=lambda pair: pair[0]):
+            if not all_fit and used + size > self.whole_fraction * layout.budget_bytes:
                 break
             whole.append(name)
             used += size
@@ -354,110 +394,17 @@ class AllocationBuilder:
             first += table.num_embeddings
         return positions
 
-    def _levels(
-        self, layout: MemoryLayout, counts: np.ndarray, n_positions: int | None, budget: int
-    ) -> tuple[tuple[Level, ...], int]:
-        """The levels of a memory, and the bytes that are kept for signatures.
+    def _signature_bytes(self, ids: "_Ids", n_positions: int | None, budget: int) -> int:
+        """What to keep for signatures: their share of the budget, or what all that there can be would take."""
+        num_values = self._num_values(ids.table[ids.eligible])
+        n = int(ids.eligible.sum())
+        at_most = _set_bytes(n, n_positions) + 4 * num_values * n
+        return min(at_most, int(self.signature_fraction * budget)) if n else 0
 
-        Args:
-            counts: int64 [V], of the ids that were seen, descending.
-            n_positions: of the vocabularies; None for raw ids.
-            budget: bytes for levels and allocation.
-        """
-        signature_bytes = int(self.signature_fraction * layout.budget_bytes)
-        n_ids = max(1, counts.size)
-        values_per_id = (budget - signature_bytes) / (layout.value_bytes * n_ids)
-        first = 1 << max(0, int(np.log2(max(1.0, values_per_id / 2))))
-        widths = layout.widths or default_widths(layout.dim, min(first, layout.dim))
-        if self.shared_fraction == 1:
-            rows = (budget - signature_bytes) // (layout.dim * layout.value_bytes)
-            return tuple(Level(width, 0, check_rows(layout, rows)) for width in widths), signature_bytes
-        own, shared_rows, signature_bytes = self._share_budget(layout, widths, counts, n_positions, budget, signature_bytes)
-        while layout.widths is None and (k := _alike(own)) is not None:
-            # The same ids own two levels: as one they take one look-up.
-            widths = (*widths[:k], widths[k] + widths[k + 1], *widths[k + 2 :])
-            own, shared_rows, signature_bytes = self._share_budget(
-                layout, widths, counts, n_positions, budget, signature_bytes
-            )
-        if shared_rows < 1 and sum(own) == 0:
-            check_rows(layout, 0)
-        costs = Costs(widths, layout.value_bytes, n_positions)
-        if n_positions is not None and own[0] == counts.size:
-            # Rows for a few ids that were not seen cost less than a bitmap that tells them from the others.
-            all_own = [n_positions, *own[1:]]
-            if costs(all_own) <= costs(own):
-                own = all_own
-        shared = [shared_rows, *([0] * (len(widths) - 1))]
-        for rows in (own[0] + shared_rows, *own[1:]):
-            check_rows(layout, max(1, rows))
-        return tuple(Level(width, n, s) for width, n, s in zip(widths, own, shared)), signature_bytes
-
-    def _share_budget(
-        self,
-        layout: MemoryLayout,
-        widths: Sequence[int],
-        counts: np.ndarray,
-        n_positions: int | None,
-        budget: int,
-        signature_bytes: int,
-    ) -> tuple[list[int], int, int]:
-        """How many ids own a row of each level, the shared rows of the first, and the bytes kept for signatures."""
-        row_bytes = widths[0] * layout.value_bytes
-        costs = Costs(widths, layout.value_bytes, n_positions)
-        # A packed table is filled up to a whole row.
-        budget -= sum(KERNEL_WIDTH * layout.value_bytes for width in widths if width < KERNEL_WIDTH)
-
-        def choose(shared_rows: int, kept: int) -> list[int]:
-            return choose_owners(counts, widths, self.config.skew, budget - kept - shared_rows * row_bytes, costs)
-
-        if self.shared_fraction is not None:
-            shared_rows = max(1, int(self.shared_fraction * layout.budget_bytes / row_bytes))
-            return choose(shared_rows, signature_bytes), shared_rows, signature_bytes
-        # Where all ids own a row, shared rows are for those that come later, and nothing is left to be signed.
-        shared_rows = min(len(layout.tables), max(0, budget // row_bytes))
-        own = choose(shared_rows, 0)
-        if own[0] == counts.size:
-            return own, shared_rows, 0
-        shared_rows = max(shared_rows, int(self.SHARED_FRACTION * layout.budget_bytes / row_bytes))
-        return choose(shared_rows, signature_bytes), shared_rows, signature_bytes
-
-    def _owner_tensors(
-        self,
-        levels: Sequence[Level],
-        ids: "_Ids",
-        seen: Tensor,
-        positions: Tensor | None,
-        n_positions: int | None,
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """The tensors that find own rows, and the ids that have one on the first level (places in `ids`)."""
-        tensors: dict[str, Tensor] = {}
-        n_owners = min(levels[0].own_rows, seen.numel())
-        owners = seen[:n_owners]  # most frequent first
-        if n_owners == 0:
-            return tensors, owners
-        if positions is None:
-            low, starts, order = build_index(ids.keys[owners])
-            if low.numel() < n_owners:
-                raise ValueError("two ids have one key in the index; give LMAConfig another seed")
-            tensors |= {"owners.0.low": low, "owners.0.starts": starts}
-            row = torch.empty_like(order)
-            row[order] = torch.arange(n_owners)  # own row on level 0 of each owner
-        elif levels[0].own_rows == n_positions:
-            row = positions[owners]
-        else:
-            members = torch.zeros(n_positions, dtype=torch.bool)
-            members[positions[owners]] = True
-            tensors["owners.0.words"] = build_bitmap(members)
-            row = (members.cumsum(0) - 1)[positions[owners]]
-        before = levels[0].own_rows
-        for k, level in enumerate(levels[1:], start=1):
-            if 0 < level.own_rows < before:
-                members = torch.zeros(before, dtype=torch.bool)
-                members[row[: level.own_rows]] = True
-                tensors[f"owners.{k}.words"] = build_bitmap(members)
-                row = (members.cumsum(0) - 1)[row[: level.own_rows]]
-            before = level.own_rows
-        return tensors, owners
+    def _num_values(self, tables: Tensor) -> int:
+        """The largest K of the sources of some tables, given by index."""
+        sources = [self.sources[self._table_names[table]] for table in tables.unique().tolist()]
+        return max((source.num_values for source in sources if source), default=0)
 
     def _sign(
         self,
@@ -472,25 +419,17 @@ class AllocationBuilder:
     ) -> Tensor:
         """Adds the signatures of ids that share rows, as many as fit, to `tensors`; returns who has one, in order."""
         eligible = sharing[ids.eligible[sharing]]
-        tables = ids.table[eligible].unique().tolist()
-        sources = [self.sources[self._table_names[table]] for table in tables]
-        shared_levels = sum(level.shared_rows > 0 for level in levels)
-        num_values = min(max((source.num_values for source in sources if source), default=0), shared_levels)
-        if positions is None:
-            n = min(eligible.numel(), max(0, budget - 12) // (4 * num_values + 6)) if num_values else 0
-        else:
-            assert n_positions is not None
-            n = min(eligible.numel(), max(0, budget - bitmap_bytes(n_positions)) // (4 * num_values)) if num_values else 0
-        signed = eligible[:n]
-        if n == 0:
+        num_values = min(self._num_values(ids.table[eligible]), sum(level.shared_rows > 0 for level in levels))
+        each = 4 * num_values + (6 if n_positions is None else 0)
+        left = max(0, budget - _set_bytes(0, n_positions))
+        signed = eligible[: left // each if each else 0]
+        if signed.numel() == 0:
             return signed
-        if positions is None:
+        if positions is None or n_positions is None:
             low, starts, order = build_index(ids.keys[signed])
             tensors |= {"signed.low": low, "signed.starts": starts}
         else:
-            members = torch.zeros(n_positions, dtype=torch.bool)
-            members[positions[signed]] = True
-            tensors["signed.words"] = build_bitmap(members)
+            tensors["signed.words"] = build_bitmap(positions[signed], n_positions)
             order = torch.sort(positions[signed]).indices
         signed = signed[order]
         tensors["signatures"] = self._signatures(ids, signed, num_values, rows)
@@ -623,9 +562,9 @@ class _Ids:
         return _Ids(*(getattr(self, name)[chosen] for name in self.__dataclass_fields__))
 
 
-def _alike(own: Sequence[int]) -> int | None:
-    """The first level that as many ids own as the next one."""
-    return next((k for k, (n, then) in enumerate(zip(own, own[1:])) if n == then), None)
+def _set_bytes(n: int, n_positions: int | None) -> int:
+    """At most: of an index of n raw ids, or of a bitmap of the ids of vocabularies."""
+    return 6 * n + 12 if n_positions is None else bitmap_bytes(n_positions)
 
 
 def _by_table(source: Sources, tables: Sequence[str]) -> dict[str, Source | None]:
@@ -667,4 +606,3 @@ def _agreeing(signatures: Tensor) -> Tensor:
         _, which, count = torch.unique(values, return_inverse=True, return_counts=True)
         agreeing |= count[which] > 1
     return agreeing
-

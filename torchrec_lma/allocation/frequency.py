@@ -43,6 +43,11 @@ class IdFrequency:
         if self._n_waiting > max(_FLUSH_IDS, counted):  # seldom enough: O(n log n) in all
             self.settle()
 
+    def add_counts(self, table: int, keys: np.ndarray, counts: np.ndarray) -> None:
+        """Add counts, int64 [n] >= 1, of distinct mixed keys, int64 [n] ascending."""
+        self.occurrences[table] += int(counts.sum())
+        self._insert(table, keys, counts)
+
     def merge(self, other: "IdFrequency") -> None:
         """Add what another one counted, leaving that as it is."""
         for table, occurrences in enumerate(other.occurrences):

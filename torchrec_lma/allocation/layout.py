@@ -1,4 +1,4 @@
-"""Which memories a set of logical tables needs, how many bytes each may use, and how its columns are cut into levels."""
+"""Which memories a set of logical tables needs, how many bytes each may use, and how columns are cut into levels."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -98,10 +98,20 @@ def bytes_per_value(data_type: DataType) -> int:
     return data_type_to_dtype(data_type).itemsize
 
 
+def kernel_takes(width: int) -> bool:
+    """Whether a level can have this width: a multiple of 4, or 2 or 1, which are packed into rows of 4."""
+    return width % KERNEL_WIDTH == 0 or width in (1, 2)
+
+
+def padding_bytes(widths: Sequence[int], value_bytes: int) -> int:
+    """The most that levels of these widths take beyond their rows: a packed table is filled up to a whole row."""
+    return sum(KERNEL_WIDTH - width for width in widths if width < KERNEL_WIDTH) * value_bytes
+
+
 def default_widths(dim: int, first: int) -> tuple[int, ...]:
     """Level widths that add up to `dim`: `first`, then each as wide as all before it; the last takes what is left.
 
-    Of 64 columns from 4: 4, 4, 8, 16, 32. Widths are what a kernel takes: multiples of 4, or 2 or 1 (`Level.pack`).
+    Of 64 columns from 4: 4, 4, 8, 16, 32. All are widths that a kernel takes.
     """
     widths: list[int] = []
     left = dim
@@ -114,6 +124,32 @@ def default_widths(dim: int, first: int) -> tuple[int, ...]:
         widths.append(width)
         left -= width
     return tuple(widths)
+
+
+def shared_levels(layout: MemoryLayout, budget: int) -> tuple[Level, ...]:
+    """Levels without own rows, all with as many shared ones as fit in `budget` bytes.
+
+    Without widths one level as wide as the dim, or as few as a kernel takes: the hashing trick.
+    """
+    widths = layout.widths or default_widths(layout.dim, layout.dim)
+    rows = (budget - padding_bytes(widths, layout.value_bytes)) // (layout.dim * layout.value_bytes)
+    return tuple(Level(width, 0, check_rows(layout, rows)) for width in widths)
+
+
+def check_rows(layout: MemoryLayout, rows: int) -> int:
+    """`rows`. Raises ValueError where a level of a memory cannot have as many."""
+    if rows < 1:
+        raise ValueError(
+            f"the budget of {layout.name!r} is {layout.budget_bytes} bytes, in which not one row of {layout.dim} "
+            f"columns of {layout.value_bytes} bytes fits beside its allocation; lower the compression or raise "
+            "memory_bytes"
+        )
+    if rows > MAX_ROWS:
+        raise ValueError(
+            f"a level of {layout.name!r} would have {rows} rows, the most is {MAX_ROWS}; raise the compression, or "
+            "spread the tables over several collections"
+        )
+    return rows
 
 
 def lay_out(tables: Sequence[EmbeddingBagConfig], config: LMAConfig) -> tuple[MemoryLayout, ...]:
@@ -150,7 +186,7 @@ def lay_out(tables: Sequence[EmbeddingBagConfig], config: LMAConfig) -> tuple[Me
             budget = int(full_bytes[dim, raw_ids] / config.compression)
         widths = config.widths_of(dim)
         for width in widths or ():
-            if width % KERNEL_WIDTH and width not in (1, 2):
+            if not kernel_takes(width):
                 raise ValueError(
                     f"a level of width {width} fits no kernel: fused kernels take multiples of {KERNEL_WIDTH}, and "
                     f"levels of 1 and 2 columns are packed into rows of {KERNEL_WIDTH}; change widths={widths}"

@@ -1,12 +1,25 @@
-"""How many ids own a row of each level: an id earns columns by how often it occurs, scaled to the budget."""
+"""How many ids own a row of each level, and which: an id earns columns by how often it occurs, scaled to the budget."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from torchrec_lma.allocation.bitmap import bitmap_bytes
-from torchrec_lma.allocation.index import index_bytes
+from torchrec_lma.allocation.bitmap import bitmap_bytes, build_bitmap
+from torchrec_lma.allocation.index import build_index, index_bytes
+from torchrec_lma.allocation.layout import (
+    Level,
+    MemoryLayout,
+    check_rows,
+    default_widths,
+    kernel_takes,
+    padding_bytes,
+    shared_levels,
+)
+
+SHARED_FRACTION = 0.125  # of the bytes of rows, where not all ids own one
 
 
 @dataclass(frozen=True)
@@ -35,6 +48,82 @@ class Costs:
         return total
 
 
+def choose_levels(
+    layout: MemoryLayout,
+    counts: np.ndarray,
+    positions: int | None,
+    budget: int,
+    skew: float,
+    shared_fraction: float | None,
+    signature_bytes: int,
+) -> tuple[tuple[Level, ...], int]:
+    """The levels of a memory, and the bytes that are kept for signatures.
+
+    Args:
+        layout: of the memory; without widths they are chosen.
+        counts: int64 [V], of the ids that were seen, descending, >= 1.
+        positions: ids of all vocabularies; None for raw ids.
+        budget: bytes for rows and allocation.
+        skew: see LMAConfig.
+        shared_fraction: see AllocationBuilder.
+        signature_bytes: kept for signatures if some ids share.
+    Raises:
+        ValueError: not one row fits, or a level has too many.
+    """
+    if shared_fraction == 1 or counts.size == 0:
+        return shared_levels(layout, budget - signature_bytes), signature_bytes
+    # The first level takes about half of what each id could have, in powers of 2.
+    values_per_id = (budget - signature_bytes) / (layout.value_bytes * counts.size)
+    first = 1 << max(0, int(np.log2(max(1.0, values_per_id / 2))))
+    widths = layout.widths or default_widths(layout.dim, min(first, layout.dim))
+    while True:
+        own, shared_rows, kept = _share_budget(
+            layout, widths, counts, positions, budget, skew, shared_fraction, signature_bytes
+        )
+        alike = [k for k in range(len(own) - 1) if own[k] == own[k + 1] and kernel_takes(widths[k] + widths[k + 1])]
+        if layout.widths is not None or not alike:
+            break
+        # The same ids own two levels: as one they take one look-up.
+        k = alike[0]
+        widths = (*widths[:k], widths[k] + widths[k + 1], *widths[k + 2 :])
+    if not any(own):  # telling owners from others would take more than there is
+        return shared_levels(layout, budget - signature_bytes), signature_bytes
+    costs = Costs(widths, layout.value_bytes, positions)
+    if positions is not None and own[0] == counts.size and costs([positions, *own[1:]]) <= costs(own):
+        # Rows for a few ids that were not seen cost less than a bitmap that tells them from the others.
+        own = [positions, *own[1:]]
+    shared = [shared_rows, *([0] * (len(widths) - 1))]
+    check_rows(layout, own[0] + shared_rows)
+    return tuple(Level(width, n, s) for width, n, s in zip(widths, own, shared)), kept
+
+
+def _share_budget(
+    layout: MemoryLayout,
+    widths: Sequence[int],
+    counts: np.ndarray,
+    positions: int | None,
+    budget: int,
+    skew: float,
+    shared_fraction: float | None,
+    signature_bytes: int,
+) -> tuple[list[int], int, int]:
+    """How many ids own a row of each level, the shared rows of the first, and the bytes kept for signatures."""
+    row_bytes = widths[0] * layout.value_bytes
+    costs = Costs(widths, layout.value_bytes, positions)
+    budget -= padding_bytes(widths, layout.value_bytes)
+
+    def choose(shared_rows: int, kept: int) -> list[int]:
+        return choose_owners(counts, widths, skew, budget - kept - shared_rows * row_bytes, costs)
+
+    # Where all ids own a row, shared rows are for those that come later, and nothing is left to be signed.
+    few = min(len(layout.tables), max(0, budget // row_bytes))
+    if shared_fraction is None and (own := choose(few, 0))[0] == counts.size:
+        return own, few, 0
+    fraction = SHARED_FRACTION if shared_fraction is None else shared_fraction
+    shared_rows = max(1, int(fraction * (budget - signature_bytes) / row_bytes))
+    return choose(shared_rows, signature_bytes), shared_rows, signature_bytes
+
+
 def choose_owners(counts: np.ndarray, widths: Sequence[int], skew: float, budget: int, costs: Costs) -> list[int]:
     """For each level how many ids own a row of it, the most frequent first.
 
@@ -47,16 +136,17 @@ def choose_owners(counts: np.ndarray, widths: Sequence[int], skew: float, budget
         skew: see LMAConfig.
         budget: bytes, of which `costs` says how many are used.
     Returns:
-        Not ascending, each at most V.
+        Not ascending, each at most V; none where the budget is below 0.
     """
+    if costs(whole := [counts.size] * len(widths)) <= budget or counts.size == 0:
+        return whole
     earned = counts.astype(np.float64) ** skew  # descending
+    ascending = -earned
     ends = np.cumsum(widths)
 
     def owners(c: float) -> list[int]:
-        return [int(np.searchsorted(-earned, -end / c, side="right")) for end in ends]
+        return [int(np.searchsorted(ascending, -end / c, side="right")) for end in ends]
 
-    if costs(whole := [counts.size] * len(widths)) <= budget or counts.size == 0:
-        return whole
     low, high = np.log(widths[0] / earned[0]) - 1, np.log(ends[-1] / earned[-1]) + 1
     for _ in range(60):  # to the last bit of where a count crosses a level
         middle = (low + high) / 2
@@ -70,7 +160,60 @@ def choose_owners(counts: np.ndarray, widths: Sequence[int], skew: float, budget
 
 def _largest(low: int, high: int, fits: Callable[[int], bool]) -> int:
     """The largest number in [low, high] that fits; `low` is known to, or is all there is."""
+    if fits(high):  # as it may where fewer do not: a level that all own needs no bitmap
+        return high
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
     return low
+
+
+def place_owners(
+    levels: Sequence[Level], keys: Tensor, positions: Tensor | None, n_positions: int | None
+) -> tuple[tuple[Level, ...], dict[str, Tensor], Tensor]:
+    """The tensors that find own rows.
+
+    Args:
+        levels: of the memory; the first `own_rows` ids own a row of a level.
+        keys: int64 [V], mixed keys of ids, most frequent first.
+        positions: int64 [V], where they are among the `n_positions` ids of all vocabularies; None for raw ids.
+    Returns:
+        The levels, with a row less where the index cannot tell an id's key from another owner's: it then has that
+        one's. The tensors, as MemoryAllocation describes them. bool [V], which ids own a row of the first level.
+    """
+    n_owners = min(levels[0].own_rows, keys.numel())
+    owns = torch.zeros(keys.numel(), dtype=torch.bool)
+    owns[:n_owners] = True
+    tensors: dict[str, Tensor] = {}
+    if n_owners == 0:
+        return tuple(levels), tensors, owns
+    if positions is None:
+        low, starts, order = build_index(keys[:n_owners])
+        tensors |= {"owners.0.low": low, "owners.0.starts": starts}
+        owns[:n_owners] = False
+        owns[order] = True
+        levels = [replace(level, own_rows=int(owns[: level.own_rows].sum())) for level in levels]
+        row = torch.empty_like(keys)
+        row[order] = torch.arange(order.numel())
+        row = row[owns]  # own row on level 0 of each owner, most frequent first
+    else:
+        assert n_positions is not None
+        row = positions[:n_owners]
+        if levels[0].own_rows < n_positions:
+            tensors["owners.0.words"] = build_bitmap(row, n_positions)
+            row = _ranks(row)
+    before = levels[0].own_rows
+    for k, level in enumerate(levels[1:], start=1):
+        if 0 < level.own_rows < before:
+            row = row[: level.own_rows]
+            tensors[f"owners.{k}.words"] = build_bitmap(row, before)
+            row = _ranks(row)
+        before = level.own_rows
+    return tuple(levels), tensors, owns
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """int64 [n], how many of the distinct values are smaller than each."""
+    ranks = torch.empty_like(values)
+    ranks[torch.sort(values).indices] = torch.arange(values.numel())
+    return ranks
