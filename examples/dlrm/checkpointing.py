@@ -22,13 +22,13 @@ SETTINGS = "settings.json"
 VOCABULARY = "vocabulary.safetensors"
 MANIFEST = "manifest.json"
 _WRITING, _REPLACED = ".writing-", ".replaced-"
-_NAME = re.compile(r"epoch-(\d+)(?:-step-(\d+))?")
+_NAME = re.compile(r"step-(\d+)")
 
 logger = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """Folders `epoch-0001-step-00000500` (within epoch 1, 500 steps into the run) and `epoch-0001` (after it).
+    """Folders `step-00000500`, 500 steps into the run.
 
     Each holds the model and the optimizer, which load under any plan and world size, and the ranks' random states, all
     written by torch.distributed.checkpoint; `progress.json`; `settings.json`; `vocabulary.safetensors` where there is
@@ -38,7 +38,7 @@ class Checkpoints:
 
     Args:
         folder: on a file system that all ranks share.
-        keep: how many of the newest checkpoints to keep, at least 1; the best epoch's is kept beside them.
+        keep: how many of the newest checkpoints to keep, at least 1; the best one is kept beside them.
     """
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
@@ -49,11 +49,12 @@ class Checkpoints:
 
     def paths(self) -> list[Path]:
         """The checkpoints, oldest first. Whether they are whole is not looked at: see `newest` and `damage`."""
-        return sorted(filter(_position, self.folder.glob("epoch-*")), key=_position)
+        found = ((_NAME.fullmatch(path.name), path) for path in self.folder.glob("step-*"))
+        return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
 
-    def after(self, epoch: int) -> Path:
-        """The checkpoint after all of an epoch, whether or not there is one."""
-        return self.folder / f"epoch-{epoch:04d}"
+    def path(self, steps: int) -> Path:
+        """The checkpoint after so many steps, whether or not there is one."""
+        return self.folder / f"step-{steps:08d}"
 
     def newest(self) -> Path | None:
         """The newest whole checkpoint, None if there never was one. Collective if there is a process group.
@@ -87,26 +88,24 @@ class Checkpoints:
 
     def save(
         self,
-        epoch: int,
-        step: int | None,
+        steps: int,
         model: nn.Module,
         optimizer: CombinedOptimizer,
         progress: dict[str, Any],
         settings: dict[str, Any],
         vocabulary: Vocabulary | None = None,
-        best_epoch: int | None = None,
+        best: int | None = None,
     ) -> Path:
         """Writes a checkpoint and removes those that are not kept. Collective.
 
         Args:
-            epoch: from 1.
-            step: steps done in all epochs; None after all of this one.
+            steps: done in all epochs.
             progress: JSON that `load` gives back.
             settings: JSON that `read_settings` gives back: how to build the model again.
-            vocabulary: of full tables; `read_vocabulary` gives it back.
-            best_epoch: the checkpoint after it is kept, however old: it is the one to use.
+            vocabulary: `read_vocabulary` gives it back.
+            best: the checkpoint after so many steps is kept, however old: it is the one to use.
         """
-        final = self.after(epoch) if step is None else self.folder / f"epoch-{epoch:04d}-step-{step:08d}"
+        final = self.path(steps)
         writing = self.folder / f"{_WRITING}{final.name}"
         if _rank() == 0:
             for leftover in self.folder.glob(f"{_WRITING}*"):  # of saves that were killed
@@ -129,7 +128,7 @@ class Checkpoints:
             os.replace(writing, final)
             _sync(self.folder)
             for old in [*self.paths()[: -self.keep], *self.folder.glob(f"{_REPLACED}*")]:
-                if best_epoch is None or old != self.after(best_epoch):
+                if best is None or old != self.path(best):
                     shutil.rmtree(old)
         dist.barrier()
         return final
@@ -163,7 +162,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def read_vocabulary(path: Path) -> Vocabulary | None:
-    """The vocabulary that a checkpoint was saved with; None for tables that take raw or hashed ids."""
+    """The vocabulary that a checkpoint was saved with; None for tables that take ids as they are."""
     file = path / VOCABULARY
     return Vocabulary.load(file) if file.exists() else None
 
@@ -180,12 +179,6 @@ def damage(path: Path) -> str | None:
         if found[name] != digest:
             return f"{name} has SHA-256 {found[name]}, {MANIFEST} says {digest}"
     return None
-
-
-def _position(path: Path) -> tuple[int, float] | None:
-    """What sorts checkpoints; None for another name."""
-    match = _NAME.fullmatch(path.name)
-    return (int(match[1]), int(match[2]) if match[2] else float("inf")) if match else None
 
 
 def _read_manifest(path: Path) -> dict[str, str] | str:
