@@ -1,9 +1,13 @@
 """LMA-compressed embedding tables for TorchRec."""
 
-from torchrec_lma.allocation import Allocation, AllocationBuilder
-from torchrec_lma.config import LMAConfig
-from torchrec_lma.distributed import LMAEmbeddingBagCollectionSharder, get_default_sharders
-from torchrec_lma.modules import LMAEmbeddingBagCollection
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torchrec_lma.allocation import Allocation, AllocationBuilder
+    from torchrec_lma.config import LMAConfig
+    from torchrec_lma.distributed import LMAEmbeddingBagCollectionSharder, get_default_sharders
+    from torchrec_lma.modules import LMAEmbeddingBagCollection
 
 __all__ = [
     "Allocation",
@@ -13,3 +17,20 @@ __all__ = [
     "LMAEmbeddingBagCollectionSharder",
     "get_default_sharders",
 ]
+_MODULES = {
+    "Allocation": "allocation",
+    "AllocationBuilder": "allocation",
+    "LMAConfig": "config",
+    "LMAEmbeddingBagCollection": "modules",
+    "LMAEmbeddingBagCollectionSharder": "distributed",
+    "get_default_sharders": "distributed",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Imports a public name at its first use: a server, and the help of a command, need none of them."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value

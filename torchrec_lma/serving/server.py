@@ -23,11 +23,11 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import start_http_server
 
-from torchrec_lma.inference.batching import Batcher, Limits, QueueFull, Stopped
-from torchrec_lma.inference.contract import FEATURES_KEY, ID_TYPE_KEY, Inputs
-from torchrec_lma.inference.metrics import Metrics
-from torchrec_lma.inference.model_store import Model, ModelStore
-from torchrec_lma.inference.protos.predictor_pb2 import DESCRIPTOR, FloatVec, PredictionRequest, PredictionResponse
+from torchrec_lma.serving.batching import Batcher, Limits, QueueFull, Stopped
+from torchrec_lma.serving.contract import FEATURES_KEY, ID_TYPE_KEY, Inputs
+from torchrec_lma.serving.metrics import Metrics
+from torchrec_lma.serving.model_store import Model, ModelStore
+from torchrec_lma.serving.protos.predictor_pb2 import DESCRIPTOR, FloatVec, PredictionRequest, PredictionResponse
 
 SEND_SECONDS = 2.0  # at the end, for answers on their way, for requests being received, and for the last batch
 QUIET_SECONDS = 0.05  # without a new request, at the end, before the connections are closed

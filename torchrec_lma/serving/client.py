@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchrec_lma.inference.contract import FEATURES_KEY, ID_TYPE_KEY, ID_TYPES, fingerprint_names
-from torchrec_lma.inference.protos.predictor_pb2 import (
+from torchrec_lma.serving.contract import FEATURES_KEY, ID_TYPE_KEY, ID_TYPES, fingerprint_names
+from torchrec_lma.serving.protos.predictor_pb2 import (
     FloatFeatures,
     PredictionRequest,
     PredictionResponse,

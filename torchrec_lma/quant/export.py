@@ -3,7 +3,6 @@
 import contextlib
 import importlib
 import importlib.util
-import json
 import os
 import subprocess
 import sys
@@ -22,27 +21,20 @@ from torchrec.inference.modules import PredictModule
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_lma.allocation import Allocation
-from torchrec_lma.inference.ahead_of_time import compile_package, to_exported_program
-from torchrec_lma.inference.modules import QuantLMAEmbeddingBagCollection
-from torchrec_lma.inference.rows import DTYPES, ROW_ALIGNMENT
-from torchrec_lma.inference.transforms import quantize, script
 from torchrec_lma.modules import LMAEmbeddingBagCollection
+from torchrec_lma.quant.transforms import DTYPES, quantize, script
+from torchrec_lma.serving.contract import METADATA_FILE, Contract
 
-METADATA_FILE = "torchrec_lma.json"  # in the TorchScript archive; the server checks requests against it
-FORMAT_VERSION = 1
+DEVICES = ("cpu", "cuda")
 # Largest difference of a probability from the float model's that is taken for rounding and not for a fault.
-TOLERANCES = {"fp32": 1e-5, "fp16": 0.01, "int8": 0.05, "fp8": 0.1, "int4": 0.2, "int2": 0.5}
-COMPILED_TOLERANCE = 1e-5
+TOLERANCES = {"fp32": 0.001, "fp16": 0.01, "int8": 0.05, "int4": 0.2, "int2": 0.5}
 ID_LIST, ID_SCORE_LIST = "id_list_features", "id_score_list_features"
 
 # Runs where nothing but torch and fbgemm_gpu is imported, as in a server.
 _PREDICT = """
 import sys, torch, fbgemm_gpu
 torch.set_num_threads(int(sys.argv[4]))
-if sys.argv[1].endswith(".pt2"):
-    model = torch._inductor.aoti_load_package(sys.argv[1])
-else:
-    model = torch.jit.load(sys.argv[1])
+model = torch.jit.load(sys.argv[1])
 requests = torch.load(sys.argv[2])
 torch.save([model(request)["default"] for request in requests], sys.argv[3])
 assert not {"torchrec", "torchrec_lma"} & set(sys.modules), "it needs more than fbgemm_gpu"
@@ -82,8 +74,6 @@ class Exported:
         rows: sample rows that it was checked on.
         difference: largest difference of a probability from the float model's.
         tolerance: that difference was allowed to be.
-        row_bytes: bytes of a row of each LMA memory.
-        finer_dtypes: for each LMA memory, the dtypes that would be more exact in no more bytes.
     """
 
     path: Path
@@ -91,8 +81,6 @@ class Exported:
     rows: int
     difference: float
     tolerance: float
-    row_bytes: dict[str, int]
-    finer_dtypes: dict[str, list[str]]
 
 
 # A checkpoint and, where it does not hold its own, the allocation.
@@ -216,7 +204,6 @@ def export(
     path: Path,
     dtype: str,
     tolerance: float | None = None,
-    ahead_of_time: Path | None = None,
     device: str = "cpu",
 ) -> Exported:
     """Quantizes, scripts, checks and writes a model. `path` is replaced last, so it is a whole model at any time.
@@ -229,35 +216,29 @@ def export(
         path: where to write the TorchScript archive.
         dtype: of the tables, a key of DTYPES.
         tolerance: on probabilities; TOLERANCES[dtype] if None.
-        ahead_of_time: where to write an AOTInductor package (.pt2) as well. It takes int64 ids and lengths, and its
-            code is for this kind of processor. Compilers round otherwise than kernels, so it is checked to 1e-5.
         device: what the file is for; "cuda" needs a GPU here. A script stays on the device it was made for, since
             FBGEMM lays tables out for one.
     Raises:
-        ValueError: a dtype that the tables cannot be stored in, a sample that does not fit the names, or an
-            `ahead_of_time` that does not end in .pt2, or a device that is not there.
+        ValueError: a dtype that the tables cannot be stored in, weights loaded from a checkpoint of another allocation,
+            a sample that does not fit the names, no feature at all, or a device that is not there.
         CheckFailed: the model does not predict what it should; `path` is as it was.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown; choose one of {list(DTYPES)}")
-    if ahead_of_time is not None and ahead_of_time.suffix != ".pt2":
-        raise ValueError(f"an AOTInductor package must be named .pt2, not {ahead_of_time.name!r}")
-    if device not in ROW_ALIGNMENT or device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r} is not here; export for one of {list(ROW_ALIGNMENT)} that is")
+    if device not in DEVICES or device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r} is not here; export for one of {list(DEVICES)} that is")
     tolerance = TOLERANCES[dtype] if tolerance is None else tolerance
     _check_sample(servable)
     model = ContractModule(servable, device).requires_grad_(False)
     sample = {key: value.to(device) for key, value in servable.sample.items()}
-    metadata = {
-        "format_version": FORMAT_VERSION,
-        "float_features": list(servable.float_features),
-        "id_list_features": list(servable.id_list_features),
-        "id_score_list_features": list(servable.id_score_list_features),
-        "dtype": dtype,
-        "allocation_fingerprint": ",".join(
-            module.allocation.fingerprint for module in model.modules() if isinstance(module, LMAEmbeddingBagCollection)
-        ),
-    }
+    fingerprints = [m.allocation.fingerprint for m in model.modules() if isinstance(m, LMAEmbeddingBagCollection)]
+    contract = Contract(
+        tuple(servable.float_features),
+        tuple(servable.id_list_features),
+        tuple(servable.id_score_list_features),
+        dtype=dtype,
+        allocation_fingerprint=",".join(fingerprints),
+    )
     in_float = model(sample)["default"]
     quantize(model, DTYPES[dtype])
     requests = _in_id_types(sample)
@@ -270,7 +251,7 @@ def export(
         )
     scripted = script(model)
     with _replacing(path) as script_file:
-        torch.jit.save(scripted, str(script_file), _extra_files={METADATA_FILE: json.dumps(metadata)})
+        torch.jit.save(scripted, str(script_file), _extra_files={METADATA_FILE: contract.to_json()})
         for request, served, wanted in zip(requests, predict_in_new_process(script_file, requests), expected):
             if not torch.equal(served, wanted):
                 ids = {key: str(value.dtype) for key, value in request.items() if key.startswith("id_")}
@@ -278,22 +259,7 @@ def export(
                     f"the scripted model gives other predictions in a new process than the quantized one here: largest "
                     f"difference {_difference(served, wanted)} on {len(wanted)} rows with {ids}"
                 )
-        if ahead_of_time is not None:
-            with _replacing(ahead_of_time) as package:
-                compile_package(to_exported_program(model, sample), package, metadata, METADATA_FILE)
-                (served,) = predict_in_new_process(package, requests[:1])
-                if not _difference(served, expected[0]) <= COMPILED_TOLERANCE:
-                    raise CheckFailed(
-                        f"the compiled model's predictions differ by {_difference(served, expected[0]):.3g} from the "
-                        f"quantized model's, more than {COMPILED_TOLERANCE}"
-                    )
-    row_bytes: dict[str, int] = {}
-    finer_dtypes: dict[str, list[str]] = {}
-    for module in model.modules():
-        if isinstance(module, QuantLMAEmbeddingBagCollection):
-            row_bytes |= module.row_bytes()
-            finer_dtypes |= module.finer_dtypes()
-    return Exported(path, path.stat().st_size, len(in_float), difference, tolerance, row_bytes, finer_dtypes)
+    return Exported(path, path.stat().st_size, len(in_float), difference, tolerance)
 
 
 @contextlib.contextmanager
@@ -349,7 +315,7 @@ def _check_sample(servable: ServableModel) -> None:
         parts = ("lengths", "values", "weights") if kind == ID_SCORE_LIST else ("lengths", "values")
         wanted += [f"{kind}.{part}" for part in parts if names]
     if missing := [key for key in wanted if key not in rows]:
-        raise ValueError(f"the sample of the model lacks {missing}; make it with torchrec_lma.inference.request")
+        raise ValueError(f"the sample of the model lacks {missing}; make it with torchrec_lma.quant.request")
     floats = rows["float_features"]
     if floats.dim() != 2 or floats.size(1) != len(servable.float_features) or not len(floats):
         raise ValueError(

@@ -12,8 +12,7 @@ import fbgemm_gpu  # noqa: F401  registers the operators of scripted tables
 import numpy as np
 import torch
 
-from torchrec_lma.inference.contract import ID_TYPES, Contract, Inputs, Sparse
-from torchrec_lma.inference.export import METADATA_FILE
+from torchrec_lma.serving.contract import ID_TYPES, METADATA_FILE, Contract, Inputs, Sparse
 
 ATTEMPTS = 3  # to read a file that is replaced meanwhile
 WARM_UP_RUNS = 3  # TorchScript profiles a graph in its first runs and then compiles it

@@ -4,13 +4,15 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from torchrec_lma.inference.export import FORMAT_VERSION, METADATA_FILE
-from torchrec_lma.inference.protos.predictor_pb2 import FloatFeatures, PredictionRequest, SparseFeatures
+if TYPE_CHECKING:  # an extra, which what only exports does without
+    from torchrec_lma.serving.protos.predictor_pb2 import FloatFeatures, PredictionRequest, SparseFeatures
 
+METADATA_FILE = "torchrec_lma.json"  # in the TorchScript archive: a model's `Contract`
+FORMAT_VERSION = 1
 NAME_FIELDS = ("float_features", "id_list_features", "id_score_list_features")
 # What a request may say beside TorchRec's message, in gRPC metadata. Other servers take no notice of it.
 ID_TYPE_KEY = "lma-id-type"  # a key of ID_TYPES: int64 where ids do not fit the protocol's int32
@@ -107,12 +109,18 @@ class Contract:
             allocation_fingerprint=str(fields.get("allocation_fingerprint") or ""),
         )
 
+    def to_json(self) -> str:
+        """The inverse of `from_json`."""
+        fields: dict[str, Any] = {name: getattr(self, name) for name in NAME_FIELDS}
+        fields |= {"dtype": self.dtype, "allocation_fingerprint": self.allocation_fingerprint}
+        return json.dumps({"format_version": FORMAT_VERSION, **fields})
+
     @property
     def fingerprint(self) -> str:
         """Of the names and their order, see `fingerprint_names`."""
         return fingerprint_names(self.float_features, self.id_list_features, self.id_score_list_features)
 
-    def read(self, request: PredictionRequest, id_type: str = "int32") -> Inputs:
+    def read(self, request: "PredictionRequest", id_type: str = "int32") -> Inputs:
         """The request's arrays, checked: sizes multiply out, lengths add up, floats are finite.
 
         Args:
@@ -155,7 +163,7 @@ def fingerprint_names(*names: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps([list(group) for group in names]).encode()).hexdigest()[:32]
 
 
-def _read_floats(field: str, message: FloatFeatures, rows: int, names: Sequence[str]) -> np.ndarray:
+def _read_floats(field: str, message: "FloatFeatures", rows: int, names: Sequence[str]) -> np.ndarray:
     """float32 [rows, names]"""
     _check_count(field, message.num_features, names)
     values = _array(f"{field}.values", message.values, _FLOAT, rows * len(names), f"{len(names)} floats x {rows} rows")
@@ -168,7 +176,7 @@ def _read_floats(field: str, message: FloatFeatures, rows: int, names: Sequence[
 
 
 def _read_sparse(
-    field: str, message: SparseFeatures, rows: int, names: Sequence[str], id_type: str, weighted: bool
+    field: str, message: "SparseFeatures", rows: int, names: Sequence[str], id_type: str, weighted: bool
 ) -> Sparse:
     _check_count(field, message.num_features, names)
     lengths = _array(
