@@ -1,4 +1,4 @@
-"""The integer arithmetic under every address, against the same arithmetic on Python's unbounded integers."""
+"""The integer arithmetic under every row, against the same arithmetic on Python's unbounded integers."""
 
 import hashlib
 
@@ -6,38 +6,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from integer_reference import MASK, reference_mix64, signed
+from integer_reference import MASK, reference_mix64, reference_to_row, reference_unmix64, signed
 
-from torchrec_lma.hashing import chunk_multipliers, mix64, salt, table_salt, to_rows
+from torchrec_lma.hashing import level_multiplier, mix64, salt, table_salt, to_row, unmix64
 
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 EXTREMES = [0, 1, -1, 2, -2, 2**31 - 1, 2**31, -(2**31), 2**32, 2**63 - 2, INT64_MAX, INT64_MIN, INT64_MIN + 1]
 int64s = st.integers(INT64_MIN, INT64_MAX) | st.sampled_from(EXTREMES)
 
 holds_for_every_input = settings(derandomize=True, deadline=None, max_examples=200)
-
-
-def undo_xor_shift(y: int, shift: int) -> int:
-    x = y
-    for _ in range(64 // shift):
-        x = y ^ (x >> shift)
-    return x
-
-
-def unmix64(y: int) -> int:
-    """The inverse of `reference_mix64`."""
-    y = undo_xor_shift(y & MASK, 31)
-    y = undo_xor_shift(y * pow(0x94D049BB133111EB, -1, 2**64) & MASK, 27)
-    return signed(undo_xor_shift(y * pow(0xBF58476D1CE4E5B9, -1, 2**64) & MASK, 30))
-
-
-def reference_to_row(x: int, multiplier: int, rows: int) -> int:
-    product = signed(x * multiplier)
-    return ((product ^ (product >> 32)) & (2**63 - 1)) % rows
-
-
-def random_int64(n: int, seed: int) -> torch.Tensor:
-    return torch.randint(INT64_MIN, INT64_MAX, (n,), generator=torch.Generator().manual_seed(seed))
 
 
 @holds_for_every_input
@@ -62,7 +39,8 @@ def test_mix64_gives_the_published_numbers_of_splitmix64() -> None:
 @holds_for_every_input
 @given(int64s)
 def test_mix64_loses_no_information(x: int) -> None:
-    assert unmix64(int(mix64(torch.tensor(x)))) == x
+    assert reference_unmix64(int(mix64(torch.tensor(x)))) == x
+    assert unmix64(torch.tensor(reference_mix64(x))).item() == x
 
 
 def test_mix64_maps_a_million_close_ids_to_different_keys() -> None:
@@ -86,33 +64,23 @@ def test_mix64_keeps_shapes_and_takes_no_ids() -> None:
 @holds_for_every_input
 @given(
     st.lists(int64s, min_size=1, max_size=8),
-    st.lists(int64s.map(lambda x: x | 1), min_size=1, max_size=8),
+    int64s.map(lambda x: x | 1),
     st.integers(1, 2**31 - 1) | st.sampled_from([1, 2, 3, 2**16, 2**30, 2**31 - 1]),
 )
-def test_to_rows_is_multiply_fold_and_remainder(values: list[int], multipliers: list[int], rows: int) -> None:
-    result = to_rows(torch.tensor([values]), torch.tensor(multipliers), rows)
-    assert result.tolist() == [[reference_to_row(x, m, rows) for x in values] for m in multipliers]
+def test_to_row_is_multiply_fold_and_remainder(values: list[int], multiplier: int, rows: int) -> None:
+    result = to_row(torch.tensor(values), multiplier, rows)
+    assert result.tolist() == [reference_to_row(x, multiplier, rows) for x in values]
     assert 0 <= int(result.min()) and int(result.max()) < rows
 
 
-def test_to_rows_takes_one_key_for_each_chunk() -> None:
-    x, multipliers = random_int64(15, seed=0).view(3, 5), chunk_multipliers(0, 3)
-    expected = [[reference_to_row(v, m, 1000) for v in line] for line, m in zip(x.tolist(), multipliers.tolist())]
-    assert to_rows(x, multipliers, 1000).tolist() == expected
-
-
-def test_to_rows_sends_everything_to_the_only_row() -> None:
-    assert to_rows(random_int64(100, seed=1).view(1, -1), chunk_multipliers(0, 4), 1).unique().tolist() == [0]
-
-
 @pytest.mark.parametrize("trailing_zeros", [8, 20, 32])
-def test_keys_that_agree_in_their_low_bits_part_in_the_other_chunks(trailing_zeros: int) -> None:
-    # What the fold is for: a product with an odd number keeps agreement in low bits on every chunk.
+def test_keys_that_agree_in_their_low_bits_part_on_the_other_levels(trailing_zeros: int) -> None:
+    # What the fold is for: a product with an odd number keeps agreement in low bits on every level.
     rows, n = 256, 20_000
     a = mix64(torch.arange(n))
     b = a + (torch.randint(1, 2**20, (n,), generator=torch.Generator().manual_seed(2)) << trailing_zeros)
-    multipliers = chunk_multipliers(0, 8)
-    equal = to_rows(a.view(1, -1), multipliers, rows) == to_rows(b.view(1, -1), multipliers, rows)
+    multipliers = [level_multiplier(0, level) for level in range(8)]
+    equal = torch.stack([to_row(a, m, rows) == to_row(b, m, rows) for m in multipliers])
     expected = 1 / rows
     assert abs(equal.double().mean() - expected) < 6 * (expected / equal.numel()) ** 0.5
 
@@ -124,13 +92,13 @@ def test_keys_that_agree_in_their_low_bits_part_in_the_other_chunks(trailing_zer
         (salt("minhash", 0, 1, 2), -5061035593744744478),
         (table_salt(0, "t_user"), 3999495583570417351),
         (table_salt(1, "t_user"), -1303307524075815441),
-        (chunk_multipliers(0, 4)[0].item(), 1651093315794494627),
-        (chunk_multipliers(0, 4)[3].item(), -2380796323525005595),
-        (chunk_multipliers(7, 1)[0].item(), -4298923444568962945),
+        (level_multiplier(0, 0), -6826908350692168397),
+        (level_multiplier(0, 3), -4570787690391254151),
+        (level_multiplier(7, 0), 6175883800779536429),
     ],
 )
 def test_constants_never_change(constant: int, pinned: int) -> None:
-    """Every saved checkpoint depends on them: if this fails, old weights are read at the wrong addresses."""
+    """Every saved checkpoint depends on them: if this fails, old weights are read at the wrong rows."""
     assert constant == pinned
 
 
@@ -147,10 +115,8 @@ def test_table_salts_differ_between_tables_and_seeds() -> None:
 
 
 @holds_for_every_input
-@given(st.integers(0, 2**40), st.integers(1, 32), st.integers(1, 32))
-def test_chunk_multipliers_are_odd_and_do_not_depend_on_how_many_there_are(seed: int, n: int, more: int) -> None:
-    few, many = chunk_multipliers(seed, n), chunk_multipliers(seed, n + more)
-    assert few.dtype is torch.int64
-    assert all(m % 2 == 1 for m in many.tolist())
-    assert many[:n].tolist() == few.tolist()
-    assert len(set(many.tolist())) == n + more
+@given(st.integers(0, 2**40))
+def test_level_multipliers_are_odd_and_differ(seed: int) -> None:
+    multipliers = [level_multiplier(seed, level) for level in range(20)]
+    assert all(m % 2 == 1 and INT64_MIN <= m <= INT64_MAX for m in multipliers)
+    assert len(set(multipliers)) == 20

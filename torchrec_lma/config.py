@@ -67,7 +67,8 @@ class LMAConfig:
         object.__setattr__(self, "widths", _canonical_widths(self.widths))
         object.__setattr__(self, "data_type", _data_type_name(self.data_type))
         if not isinstance(self.raw_ids, bool):
-            if isinstance(self.raw_ids, str) or not all(isinstance(name, str) for name in self.raw_ids):
+            names = self.raw_ids
+            if not isinstance(names, Sequence) or isinstance(names, str) or any(not isinstance(n, str) for n in names):
                 raise TypeError(f"raw_ids must be True, False or a sequence of table names, got {self.raw_ids!r}")
             object.__setattr__(self, "raw_ids", tuple(self.raw_ids) or False)
 
@@ -112,17 +113,22 @@ def _canonical_widths(widths: Any) -> Any:
     """A tuple of widths, or for a mapping (or its JSON form) a tuple of pairs (dim, widths), dims ascending."""
     if widths is None:
         return None
+    if isinstance(widths, Sequence) and widths and all(_is_pair(pair) for pair in widths):
+        widths = dict(widths)
     if isinstance(widths, Mapping):
-        pairs = [(int(dim), _one_dim(of_dim)) for dim, of_dim in widths.items()]
-        return tuple(sorted(pairs)) or None
-    if not isinstance(widths, Sequence) or isinstance(widths, str) or not widths:
-        raise TypeError(f"widths must be a sequence of integers, or a mapping from dim to such, got {widths!r}")
-    if isinstance(widths[0], Sequence):
-        return _canonical_widths(dict(widths))  # type: ignore[arg-type]
+        for dim in widths:
+            check_int("a dim of widths", dim, minimum=1)
+        return tuple(sorted((dim, _one_dim(of_dim)) for dim, of_dim in widths.items())) or None
     return _one_dim(widths)
 
 
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2
+
+
 def _one_dim(widths: Any) -> tuple[int, ...]:
+    if not isinstance(widths, Sequence) or isinstance(widths, str) or not widths:
+        raise TypeError(f"widths must be a sequence of integers, or a mapping from dim to such, got {widths!r}")
     for width in widths:
         check_int("a width", width, minimum=1)
     return tuple(widths)
@@ -145,8 +151,9 @@ def _number(name: str, value: Any, least: float, most: float) -> float:
         raise TypeError(f"{name} must be a number, got {value!r}")
     if not (math.isfinite(value) and least <= value <= most):
         raise ValueError(
-            f"{name} must be a finite number >= {least}" + (f" and <= {most}" if math.isfinite(most) else "") +
-            f", got {value!r}"
+            f"{name} must be a finite number >= {least}"
+            + (f" and <= {most}" if math.isfinite(most) else "")
+            + f", got {value!r}"
         )
     return float(value)
 

@@ -289,7 +289,9 @@ class AllocationBuilder:
                     f"table {name!r} has no id in any of the {self._sample.rows_seen} rows; check that its features "
                     f"{features} are filled, or leave it out of the sources: source={{other: ..., ...}}"
                 )
-        memories, whole, ids = [], [], {}
+        memories: list[MemoryAllocation] = []
+        whole: list[str] = []
+        ids: dict[str, dict[str, Any]] = {}
         for layout in self._layouts:
             kept, memory, counts = self._build_memory(layout, rows, row_of_key)
             whole += kept
@@ -358,8 +360,15 @@ class AllocationBuilder:
         agreeing = _agreeing(tensors["signatures"]) if signed.numel() else torch.zeros(0, dtype=torch.bool)
         for table in tables:
             here = ids.table == self._table_names.index(table.name)
+            own_of_level = [owners[: level.own_rows][here[owners[: level.own_rows]]] for level in levels]
+            occurrences = max(int(parts[table.name].count.sum()), 1)
             record[table.name] |= {
-                "own": [int(here[owners[: level.own_rows]].sum()) for level in levels],
+                "own": [own.numel() for own in own_of_level],
+                # Of the occurrences of the table's ids: what a planner should know of a level.
+                "present": [
+                    1.0 if level.shared_rows else int(ids.count[own].sum()) / occurrences
+                    for level, own in zip(levels, own_of_level)
+                ],
                 "with_signature": int(here[signed].sum()),
                 "sharing_by_signature": int(here[signed[agreeing]].sum()),
             }

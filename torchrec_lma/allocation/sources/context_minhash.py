@@ -109,12 +109,12 @@ class ContextMinHash(RowsSource):
                 )
                 for n, one in enumerate(salts):
                     order, element = _consistent_weighted_sample(keys[pair_context], weight, one)
-                    smallest = torch.full((end - start,), torch.inf, dtype=torch.float64)
-                    smallest.scatter_reduce_(0, pair_item, order, "amin")
-                    issmallest = order == smallest[pair_item]
+                    least = torch.full((end - start,), torch.inf, dtype=torch.float64)
+                    least.scatter_reduce_(0, pair_item, order, "amin")
+                    issmallest = order == least[pair_item]
                     first = smallest(element[issmallest], pair_item[issmallest], end - start)
-                    sampled[n, start:end] = torch.where(smallest < best[n, start:end], first, sampled[n, start:end])
-                    best[n, start:end] = torch.minimum(smallest, best[n, start:end])
+                    sampled[n, start:end] = torch.where(least < best[n, start:end], first, sampled[n, start:end])
+                    best[n, start:end] = torch.minimum(least, best[n, start:end])
         return list(sampled)
 
 
