@@ -1,11 +1,13 @@
 """LMAEmbeddingBagCollection: what an EmbeddingBagCollection does, with tables that share compressed memories."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchrec.distributed.types import ShardedModule
 from torchrec.distributed.utils import optimizer_type_to_emb_opt_type
 from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, PoolingType, data_type_to_dtype
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingBagCollectionInterface
@@ -59,7 +61,7 @@ class LMAEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         ebc(features)["user"]  # float [2, 32]
     """
 
-    __jit_unused_properties__ = ["allocation", "config", "device", "embedding_bags", "strict", "tables"]
+    __jit_unused_properties__ = ["allocation", "config", "device", "strict", "tables"]
 
     def __init__(
         self,
@@ -121,6 +123,8 @@ class LMAEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         rows = self.remap(features)
         if not torch.jit.is_scripting():
             self.remap.check_not_overwritten()
+            if isinstance(self.levels, ShardedModule):
+                _warn_of_missing_sharder()
             # nn.EmbeddingBag wants weights of its own type; FBGEMM's kernels take float32.
             if self._is_weighted and type(self.levels) is EmbeddingBagCollection:
                 rows = cast_weights(rows, self._weight_dtype)
@@ -159,14 +163,16 @@ class LMAEmbeddingBagCollection(EmbeddingBagCollectionInterface):
     def device(self) -> torch.device:
         return self.levels.device
 
-    @property
-    def embedding_bags(self) -> nn.ModuleDict:
-        """There are none: says so where TorchRec's wrappers shard a collection themselves."""
-        raise AttributeError(
-            "an LMAEmbeddingBagCollection has no embedding_bags of its logical tables. `levels.embedding_bags` has the "
-            "tables that TorchRec stores, `materialize` gives embeddings. A module that shards its collection itself, "
-            "such as FeatureProcessedEmbeddingBagCollection, cannot hold one: feed it what the feature processors give"
-        )
+    def __getattr__(self, name: str) -> Any:
+        # A property cannot say this: torch.nn.Module puts its own words in place of an AttributeError's.
+        if name == "embedding_bags":
+            raise AttributeError(
+                "an LMAEmbeddingBagCollection has no embedding_bags of its logical tables: `levels.embedding_bags` has "
+                "the tables that TorchRec stores, `materialize` gives embeddings. A sharder of a module that holds a "
+                "collection, such as FeatureProcessedEmbeddingBagCollectionSharder, cannot shard it: leave that out of "
+                "the sharders, and LMAEmbeddingBagCollectionSharder shards the collection where it is"
+            )
+        return super().__getattr__(name)
 
     def reset_parameters(self) -> None:
         """Initialise the weights, and the allocation as well: `to_empty` leaves both undefined."""
@@ -270,6 +276,15 @@ class LMAEmbeddingBagCollection(EmbeddingBagCollectionInterface):
             classes = getattr(bag.weight, "_optimizer_classes", None)
             optimizers[name] = optimizer_type_to_emb_opt_type(classes[0]) if classes else None
         return report_memory(self._allocation, optimizers)
+
+
+def _warn_of_missing_sharder() -> None:
+    warnings.warn(
+        "TorchRec has sharded the levels of an LMAEmbeddingBagCollection and not the collection itself: results are "
+        "right, but pipelines do not overlap it with the step before. Pass "
+        "sharders=torchrec_lma.get_default_sharders() to the planner and to DistributedModelParallel",
+        stacklevel=3,
+    )
 
 
 def level_tables(

@@ -31,6 +31,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from torchrec_lma.allocation.artifact import Allocation
+from torchrec_lma.distributed.constraints import refuse_constraints_of_logical_tables
 from torchrec_lma.features import bag_lengths, check_batch
 from torchrec_lma.modules import LMAEmbeddingBagCollection
 from torchrec_lma.regroup import divide_by_lengths, regroup
@@ -70,10 +71,11 @@ class ShardedLMAEmbeddingBagCollection(
         module_fqn: str | None = None,
     ) -> None:
         super().__init__()
+        # Children in the order of the unsharded module: torchrec.distributed.shard compares names in order.
+        self.remap = module.remap.to("cpu" if device.type == "meta" else device)
         self.levels: ShardedEmbeddingBagCollection = ebc_sharder.shard(
             module.levels, table_name_to_parameter_sharding, env=env, device=device, module_fqn=module_fqn
         )
-        self.remap = module.remap.to("cpu" if device.type == "meta" else device)
         # What the base class does with lookups (prefetch, train) is meant for those of `levels`.
         self._lookups: list[nn.Module] = self.levels._lookups
         self._tables = module.embedding_bag_configs()
@@ -193,6 +195,7 @@ class LMAEmbeddingBagCollectionSharder(BaseEmbeddingSharder[LMAEmbeddingBagColle
         )
 
     def shardable_parameters(self, module: LMAEmbeddingBagCollection) -> dict[str, nn.Parameter]:
+        refuse_constraints_of_logical_tables(module)
         return self._ebc_sharder.shardable_parameters(module.levels)
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
