@@ -1,4 +1,4 @@
-"""examples/dlrm/train.py, in which one rank sends itself a signal once, as a test's `Fault` says."""
+"""examples/dlrm/train.py, in which one rank sends itself a signal or ruins its weights, as a test's `Fault` says."""
 
 import json
 import os
@@ -15,7 +15,7 @@ sys.path.insert(0, str(EXAMPLE))
 class Fault:
     """
     Attributes:
-        signal: number of the signal.
+        signal: number of the signal; 0: a weight becomes NaN instead.
         rank: which rank gets it.
         step: in this step of all epochs, from 1; 0: in the middle of a save.
         file: of a save: before this file of the checkpoint is written.
@@ -43,21 +43,26 @@ class Fault:
 
 def install(fault: Fault) -> None:
     import checkpointing
-    import train
+    import torch
+    from trainer import Trainer
 
-    over_ranks, write_json = train.Trainer._over_ranks, checkpointing._write_json
+    over_ranks, write_json = Trainer._over_ranks, checkpointing._write_json
 
-    def counting(self: Any, *values: float) -> list[float]:
-        if len(values) == 2 and self.progress.steps + 1 == fault.step:  # called by a training step, before it counts it
-            fault.send()
+    def counting(self: Any, *values: Any) -> list[float]:
+        in_a_step = len(values) == 2 and self.model.training  # before the step is counted
+        if in_a_step and self.progress.steps + 1 == fault.step:
+            if fault.signal:
+                fault.send()
+            elif int(os.environ["RANK"]) == fault.rank:
+                torch.nn.init.constant_(next(self.model.parameters()), torch.nan)
         return over_ranks(self, *values)
 
     def writing(file: Path, content: dict[str, Any]) -> None:
-        if not fault.step and file.name == fault.file and len(list(file.parents[1].glob("epoch-*"))) == fault.save:
+        if not fault.step and file.name == fault.file and len(list(file.parents[1].glob("step-*"))) == fault.save:
             fault.send()
         write_json(file, content)
 
-    train.Trainer._over_ranks, checkpointing._write_json = counting, writing  # type: ignore[method-assign]
+    Trainer._over_ranks, checkpointing._write_json = counting, writing  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

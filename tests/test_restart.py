@@ -32,12 +32,15 @@ from torchrec_lma.datasets import Vocabulary
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "benchmarks"))
 tensors = importlib.import_module("soak").tensors
 checkpointing = importlib.import_module("checkpointing")  # faulty_train has put their folder on the path
+model = importlib.import_module("model")
 train = importlib.import_module("train")
+trainer = importlib.import_module("trainer")
 Checkpoints = checkpointing.Checkpoints
 
 FAULTY_TRAIN = Path(__file__).with_name("faulty_train.py")
 ROWS, BATCH_SIZE, EPOCHS, EVERY = 2000, 40, 2, 5
 STEPS = 20  # of an epoch on two ranks: 80% of the rows are the training split
+EVALUATIONS = [7, 14, 20]
 
 
 # --- Checkpoints in this process -----------------------------------------------------------------------------------
@@ -64,10 +67,8 @@ class Small:
         self.model(torch.rand(4, 3)).square().sum().backward()
         self.optimizer.step()
 
-    def save(self, checkpoints: Any, epoch: int, step: int | None, **more: Any) -> Path:
-        return checkpoints.save(
-            epoch, step, self.model, self.optimizer, {"epoch": epoch, "step": step}, {"arguments": {}}, **more
-        )
+    def save(self, checkpoints: Any, steps: int, **more: Any) -> Path:
+        return checkpoints.save(steps, self.model, self.optimizer, {"steps": steps}, {"arguments": {}}, **more)
 
 
 def names(folder: Path) -> list[str]:
@@ -76,22 +77,22 @@ def names(folder: Path) -> list[str]:
 
 def test_checkpoints_sort_by_what_was_done_and_the_newest_are_kept(tmp_path: Path) -> None:
     small, checkpoints = Small(0), Checkpoints(tmp_path, keep=3)
-    (tmp_path / "epoch-of-mine").mkdir()  # not a checkpoint, not ours to remove
-    for epoch, step in ((1, 500), (1, 1000), (1, None), (2, 20), (2, 100)):
-        small.save(checkpoints, epoch, step)
-    expected = ["epoch-0001", "epoch-0002-step-00000020", "epoch-0002-step-00000100"]
+    (tmp_path / "step-of-mine").mkdir()  # not a checkpoint, not ours to remove
+    for steps in (500, 1000, 1500, 20_000_000, 300_000_000):
+        small.save(checkpoints, steps)
+    expected = ["step-00001500", "step-20000000", "step-300000000"]
     assert [path.name for path in checkpoints.paths()] == expected
-    assert names(tmp_path) == [*expected, "epoch-of-mine"]
+    assert names(tmp_path) == [*expected, "step-of-mine"]
     assert checkpoints.newest() == checkpoints.paths()[-1]
 
 
-def test_the_best_epoch_is_kept_however_old(tmp_path: Path) -> None:
+def test_the_best_checkpoint_is_kept_however_old(tmp_path: Path) -> None:
     small, checkpoints = Small(0), Checkpoints(tmp_path, keep=1)
-    for epoch, best in ((1, 1), (2, 2), (3, 2), (4, 2)):
-        small.save(checkpoints, epoch, None, best_epoch=best)
-    assert names(tmp_path) == ["epoch-0002", "epoch-0004"]
-    small.save(checkpoints, 5, None, best_epoch=5)
-    assert names(tmp_path) == ["epoch-0005"]
+    for steps, best in ((1, 1), (2, 2), (3, 2), (4, 2)):
+        small.save(checkpoints, steps, best=best)
+    assert names(tmp_path) == ["step-00000002", "step-00000004"]
+    small.save(checkpoints, 5, best=5)
+    assert names(tmp_path) == ["step-00000005"]
 
 
 def test_an_empty_or_absent_folder_has_no_newest_checkpoint(tmp_path: Path) -> None:
@@ -106,11 +107,11 @@ def test_keep_must_leave_a_checkpoint(tmp_path: Path) -> None:
 def test_loading_brings_back_every_bit_and_the_random_state(tmp_path: Path) -> None:
     checkpoints, saved, loaded = Checkpoints(tmp_path), Small(0), Small(1)
     saved.step()
-    path = saved.save(checkpoints, 1, 7)
+    path = saved.save(checkpoints, 7)
     saved.step()  # draws from the random state
     progress = checkpoints.load(path, loaded.model, loaded.optimizer)
     loaded.step()
-    assert progress == {"epoch": 1, "step": 7}
+    assert progress == {"steps": 7}
     for mine, theirs in zip(loaded.model.parameters(), saved.model.parameters()):
         assert torch.equal(mine, theirs)
     mine, theirs = loaded.optimizer.state_dict()["state"], saved.optimizer.state_dict()["state"]
@@ -121,10 +122,10 @@ def test_loading_brings_back_every_bit_and_the_random_state(tmp_path: Path) -> N
 
 
 def test_settings_and_vocabulary_come_back(tmp_path: Path) -> None:
-    path = Small(0).save(Checkpoints(tmp_path), 1, None, vocabulary=Vocabulary({"user": np.array([7, -3, 2**60])}))
+    path = Small(0).save(Checkpoints(tmp_path), 1, vocabulary=Vocabulary({"user": np.array([7, -3, 2**60])}))
     assert checkpointing.read_settings(path) == {"arguments": {}}
     assert checkpointing.read_vocabulary(path)._rows("user", torch.tensor([2**60, 5, -3, 7])).tolist() == [3, 0, 1, 2]
-    assert checkpointing.read_vocabulary(Small(0).save(Checkpoints(tmp_path), 2, None)) is None
+    assert checkpointing.read_vocabulary(Small(0).save(Checkpoints(tmp_path), 2)) is None
 
 
 def truncate(path: Path) -> str:
@@ -168,21 +169,21 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(
     tmp_path: Path, harm: Callable[[Path], str], caplog: pytest.LogCaptureFixture
 ) -> None:
     small, checkpoints = Small(0), Checkpoints(tmp_path)
-    whole, damaged = small.save(checkpoints, 1, 5), small.save(checkpoints, 1, 10)
+    whole, damaged = small.save(checkpoints, 5), small.save(checkpoints, 10)
     assert checkpointing.damage(whole) is None and checkpointing.damage(damaged) is None
     problem = harm(damaged)
     assert checkpoints.newest() == whole
     assert str(damaged) in caplog.text and problem in caplog.text
-    assert names(tmp_path) == ["damaged-epoch-0001-step-00000010", whole.name]
-    small.save(checkpoints, 1, 10)  # the run comes by again
+    assert names(tmp_path) == ["damaged-step-00000010", whole.name]
+    small.save(checkpoints, 10)  # the run comes by again
     assert checkpoints.newest() == damaged
 
 
 def test_a_run_does_not_start_anew_where_all_checkpoints_are_damaged(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
-    truncate(Small(0).save(checkpoints, 1, 5))
+    truncate(Small(0).save(checkpoints, 5))
     for _ in range(2):  # nor when it is tried again
-        with pytest.raises(ValueError, match=r"damaged-epoch-0001-step-00000005.*remove them"):
+        with pytest.raises(ValueError, match=r"damaged-step-00000005.*remove them"):
             checkpoints.newest()
 
 
@@ -196,7 +197,7 @@ def test_a_save_that_is_cut_short_leaves_a_whole_checkpoint(
         pass
 
     small, checkpoints, left = Small(0), Checkpoints(tmp_path, keep=1), calls
-    before = small.save(checkpoints, 1, 5)
+    before = small.save(checkpoints, 5)
     module, _, function = f"checkpointing.{stage}".rpartition(".")
     uncut = getattr(sys.modules.get(module) or getattr(checkpointing, module.rpartition(".")[2]), function)
 
@@ -210,13 +211,13 @@ def test_a_save_that_is_cut_short_leaves_a_whole_checkpoint(
     with monkeypatch.context() as patched:
         patched.setattr(f"checkpointing.{stage}", cut)
         try:
-            small.save(checkpoints, 1, step)
+            small.save(checkpoints, step)
         except Cut:  # when the old ones are removed, the new one is whole
             expected = checkpoints.paths()[-1] if stage == "shutil.rmtree" else before
         else:  # there were no more calls to cut
             expected = checkpoints.paths()[-1]
     assert Checkpoints(tmp_path).newest() == expected
-    after = small.save(checkpoints, 1, 10)
+    after = small.save(checkpoints, 10)
     assert checkpoints.newest() == after
     assert names(tmp_path) == [after.name]  # what the cut save left is gone
 
@@ -227,32 +228,50 @@ def test_a_save_that_is_cut_short_leaves_a_whole_checkpoint(
 def test_other_settings_are_refused_by_name() -> None:
     then = {"arguments": {"dim": 8, "lr": 0.1, "epochs": 1, "data": "a"}, "train_rows": 80}
     now = {"arguments": {"dim": 8, "lr": 0.1, "epochs": 2, "data": "b", "new_option": 1}, "train_rows": 80}
-    train.check_settings(then, now, Path("epoch-0001"))
+    train.check_settings(then, now, Path("step-00000001"))
     now["arguments"]["lr"], now["arguments"]["dim"], now["train_rows"] = 0.2, 16, 90
     with pytest.raises(ValueError, match=r"--dim was 8, now 16; --lr was 0.1, now 0.2; --data had 80 rows .* now 90"):
-        train.check_settings(then, now, Path("epoch-0001"))
+        train.check_settings(then, now, Path("step-00000001"))
 
 
 def test_another_world_size_goes_on_at_the_same_share_of_the_epoch() -> None:
-    progress = train.Progress(steps_per_epoch=40, epoch=3, step=10, steps=90, loss_sum=5.0)
+    progress = trainer.Progress(steps_per_epoch=40, epoch=3, step=10, steps=90, losses=(5.0, 3))
     moved = progress.with_steps_per_epoch(80)
-    assert (moved.epoch, moved.step, moved.loss_sum) == (3, 20, 10.0)
+    assert (moved.epoch, moved.step, moved.losses) == (3, 20, (5.0, 3))
     assert progress.with_steps_per_epoch(40) is progress
+
+
+@pytest.mark.parametrize(
+    ("steps", "per_epoch", "expected"), [(20, 3, [7, 14, 20]), (20, 1, [20]), (9, 3, [3, 6, 9]), (2, 3, [1, 2])]
+)
+def test_evaluations_are_spread_over_an_epoch_and_end_with_it(steps: int, per_epoch: int, expected: list[int]) -> None:
+    progress = trainer.Progress(steps_per_epoch=steps)
+    for step in expected:
+        assert progress.next_evaluation(per_epoch) == step
+        progress.evaluated += 1
 
 
 def test_tables_keep_their_sharding_types_and_their_kind_of_optimizer() -> None:
     trained = {
         "world_size": 1,
-        "plan": {"memory_8": {"sharding_type": "row_wise"}, "memory_16": {"sharding_type": "data_parallel"}},
+        "plan": {"t_item": {"sharding_type": "row_wise"}, "t_user": {"sharding_type": "data_parallel"}},
     }
-    assert train._types_again(trained, "memory_8", None) == ["row_wise"]
-    assert train._types_again(trained, "memory_8", ["column_wise", "data_parallel"]) == ["column_wise"]
+    assert model.types_again(trained, "t_item", None) == ["row_wise"]
+    assert model.types_again(trained, "t_item", ["column_wise", "data_parallel"]) == ["column_wise"]
     elsewhere = {**trained, "world_size": 4}
-    assert "column_wise" in train._types_again(elsewhere, "memory_8", None)
-    assert "data_parallel" not in train._types_again(elsewhere, "memory_8", None)
-    assert train._types_again(elsewhere, "memory_16", None) == ["data_parallel"]
-    with pytest.raises(ValueError, match="memory_16 was data_parallel .* add data_parallel"):
-        train._types_again(elsewhere, "memory_16", ["row_wise"])
+    assert "column_wise" in model.types_again(elsewhere, "t_item", None)
+    assert "data_parallel" not in model.types_again(elsewhere, "t_item", None)
+    assert model.types_again(elsewhere, "t_user", None) == ["data_parallel"]
+    with pytest.raises(ValueError, match="t_user was data_parallel .* add data_parallel"):
+        model.types_again(elsewhere, "t_user", ["row_wise"])
+
+
+def test_tables_whose_optimizer_would_end_in_nan_are_not_replicated() -> None:
+    lma = ["--table", "lma", "--sharding-types", "data_parallel"]
+    assert "dense" not in model.allowed_kernels(train.parse_args([*lma, "row_wise"]))
+    assert model.allowed_kernels(train.parse_args([*lma, "--data-type", "FP32"])) is None
+    with pytest.raises(ValueError, match="data_parallel tables train in FP32 only, these are FP16"):
+        model.allowed_kernels(train.parse_args(lma))
 
 
 # --- real runs -----------------------------------------------------------------------------------------------------
@@ -305,8 +324,6 @@ def launch(
     model = ["--dim", "8", "--compression", "2", "--dense-layers", "8", "--over-layers", "8"]
     run = ["--batch-size", str(BATCH_SIZE), "--epochs", str(EPOCHS), "--patience", "9", "--split", "time"]
     checkpoints = ["--checkpoint-dir", str(folder), "--checkpoint-every", str(EVERY), "--json", f"{folder}.json"]
-    if "--optimizer" not in options and "full" not in options:
-        model += ["--sharding-types", "row_wise"]  # else the planner would replicate tables as small as these
     inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     return subprocess.Popen(
         [*program, "--data", str(data), *columns, *model, *run, *checkpoints, *options],
@@ -317,14 +334,14 @@ def launch(
     )
 
 
-def assert_ended_alike(folder: Path, undisturbed: Path, checkpoint: str = "epoch-0002") -> None:
+def assert_ended_alike(folder: Path, undisturbed: Path, checkpoint: str = "step-00000040") -> None:
     mine, theirs = tensors(folder / checkpoint), tensors(undisturbed / checkpoint)
     assert mine.keys() == theirs.keys()
     assert {name.split("/")[0] for name in mine if "embedding_bags" in name} == {"model", "optimizer"}
     different = [name for name in theirs if not torch.equal(mine[name], theirs[name])]
     assert not different
     records = [json.loads(Path(f"{run}.json").read_text()) for run in (folder, undisturbed)]
-    assert records[0]["epochs"] == records[1]["epochs"]  # losses and AUCs to the last digit
+    assert records[0]["evaluations"] == records[1]["evaluations"]  # losses and AUCs to the last digit
 
 
 def test_sigterm_saves_and_says_run_me_again(clicks: Path, tmp_path: Path) -> None:
@@ -332,7 +349,7 @@ def test_sigterm_saves_and_says_run_me_again(clicks: Path, tmp_path: Path) -> No
     done = start(clicks, tmp_path / "run", ranks=1, fault=fault)
     assert done.returncode == train.EXIT_TERMINATED == 75, done.stderr[-3000:]
     newest = Checkpoints(tmp_path / "run").paths()[-1]
-    assert newest.name == "epoch-0001-step-00000008"  # the step under way was finished
+    assert newest.name == "step-00000008"  # the step under way was finished
     assert checkpointing.damage(newest) is None
     assert json.loads((newest / "progress.json").read_text())["step"] == 8
 
@@ -398,12 +415,9 @@ def test_a_rank_killed_during_a_save_leaves_nothing_half_written(
     fault = Fault(signal.SIGKILL, rank=0, step=0, file=file, save=2, done=str(tmp_path / "done"))
     done = start(clicks, tmp_path / "run", "--keep", "9", restarts=1, fault=fault)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert f"going on from {tmp_path / 'run' / 'epoch-0001-step-00000010'}" in done.stdout
-    # Also the checkpoints at epochs' ends; of step 20 of 20 there is none beside them.
-    steps = [
-        f"epoch-{1 + step // STEPS:04d}-step-{step:08d}" for step in range(EVERY, 2 * STEPS, EVERY) if step != STEPS
-    ]
-    assert names(tmp_path / "run") == sorted([*steps, "epoch-0001", "epoch-0002"])
+    assert f"going on from {tmp_path / 'run' / 'step-00000007'}" in done.stdout
+    steps = sorted({*range(EVERY, 2 * STEPS, EVERY), *EVALUATIONS, *(STEPS + step for step in EVALUATIONS)})
+    assert names(tmp_path / "run") == [f"step-{step:08d}" for step in steps]
     assert all(checkpointing.damage(path) is None for path in (tmp_path / "run").iterdir())
     assert_ended_alike(tmp_path / "run", undisturbed)
 
@@ -418,7 +432,7 @@ def test_sigterm_at_one_rank_stops_all_and_the_resumed_run_ends_in_the_same_bits
     assert re.findall(r"exitcode +: (\d+)", done.stderr) and set(re.findall(r"exitcode +: (\d+)", done.stderr)) == {
         "75"
     }
-    assert Checkpoints(tmp_path / "run").paths()[-1].name == "epoch-0002-step-00000024"
+    assert Checkpoints(tmp_path / "run").paths()[-1].name == "step-00000024"
     refused = start(clicks, tmp_path / "run")
     assert refused.returncode != 0 and "--resume" in refused.stderr  # does not mix with the old run
     changed = start(clicks, tmp_path / "run", "--resume", "--lr", "0.125")
@@ -434,14 +448,14 @@ def test_a_run_resumes_from_before_a_damaged_checkpoint_to_the_same_bits(
 ) -> None:
     done = start(clicks, tmp_path / "run", "--max-steps", "12")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert names(tmp_path / "run") == ["epoch-0001-step-00000010", "epoch-0001-step-00000012"]
-    newest = tmp_path / "run" / "epoch-0001-step-00000012"
+    assert names(tmp_path / "run") == ["step-00000007", "step-00000010", "step-00000012"]  # the first is the best
+    newest = tmp_path / "run" / "step-00000012"
     file = sorted(newest.glob("*.distcp"))[-1]
     os.truncate(file, 100)
     done = start(clicks, tmp_path / "run", "--resume")
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"checkpoint {newest} is damaged ({file.name} has SHA-256" in done.stderr
-    assert "epoch-0001-step-00000010: epoch 1, step 10 of 20" in done.stdout
+    assert "step-00000010: epoch 1, step 10 of 20" in done.stdout
     assert_ended_alike(tmp_path / "run", undisturbed)
 
 
@@ -455,7 +469,7 @@ def test_sigterm_at_torchrun_saves_and_the_resumed_run_ends_in_the_same_bits(
     # How far the ranks are when torchrun passes the signal on is up to the machine; it can be the same step.
     newest = Checkpoints(tmp_path / "run").paths()[-1]
     saved = json.loads((newest / "progress.json").read_text())
-    assert saved["steps"] >= fault.step and newest.name == f"epoch-{saved['epoch']:04d}-step-{saved['steps']:08d}"
+    assert saved["steps"] >= fault.step and newest.name == f"step-{saved['steps']:08d}"
     assert f"SIGTERM: saved in {tmp_path / 'run'} at epoch {saved['epoch']}, step {saved['step']}" in done.stdout
     done = start(clicks, tmp_path / "run", "--resume")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -463,15 +477,31 @@ def test_sigterm_at_torchrun_saves_and_the_resumed_run_ends_in_the_same_bits(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [("--table", "full"), ("--optimizer", "adam")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--table", "full"),
+        ("--table", "full", "--dim", "4", "--data-type", "FP16"),
+        ("--data-type", "FP32", "--sharding-types", "data_parallel", "--optimizer", "adagrad"),
+        ("--raw-ids", "--evaluations-per-epoch", "1"),
+    ],
+)
 def test_other_tables_and_optimizers_resume_to_the_same_bits(
     clicks: Path, tmp_path: Path, options: tuple[str, ...]
 ) -> None:
     for folder, steps in (("whole", "60"), ("run", "33"), ("run", "60")):
         done = start(clicks, tmp_path / folder, *options, "--resume", "--max-steps", steps, ranks=1)
         assert done.returncode == 0, done.stderr[-3000:]
-    assert (tmp_path / "run" / "epoch-0002-step-00000060").exists()
-    assert_ended_alike(tmp_path / "run", tmp_path / "whole", "epoch-0002-step-00000060")
+    assert_ended_alike(tmp_path / "run", tmp_path / "whole", "step-00000060")
+
+
+def test_a_run_whose_weights_are_ruined_stops_and_leaves_the_checkpoint_before(clicks: Path, tmp_path: Path) -> None:
+    fault = Fault(signal=0, rank=0, step=2 * EVERY, done="")  # found before the step's checkpoint is written
+    done = start(clicks, tmp_path / "run", ranks=1, fault=fault)
+    assert done.returncode == 1
+    assert f"a weight is NaN or infinite in epoch 1, after {fault.step} steps in all" in done.stderr
+    (newest,) = Checkpoints(tmp_path / "run").paths()
+    assert newest.name == f"step-{EVERY:08d}" and checkpointing.damage(newest) is None
 
 
 @pytest.mark.slow
@@ -480,14 +510,14 @@ def test_checkpoints_of_more_ranks_follow_those_of_fewer(clicks: Path, tmp_path:
     for ranks, steps in ((1, "30"), (2, "32"), (2, "34")):
         done = start(clicks, tmp_path / "run", "--resume", "--keep", "1", "--max-steps", steps, ranks=ranks)
         assert done.returncode == 0, done.stderr[-3000:]
-        assert names(tmp_path / "run") == [f"epoch-0001-step-000000{steps}"]
-    assert "epoch-0001-step-00000032: epoch 1, step 17 of 20" in done.stdout
+        assert names(tmp_path / "run")[-1] == f"step-000000{steps}"
+    assert "step-00000032: epoch 1, step 17 of 20" in done.stdout
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "ranks, checkpoint, said",
-    [(1, "epoch-0001-step-00000010", "epoch 1, step 20 of 40"), (3, "epoch-0001", "epoch 2, step 0 of 13")],
+    [(1, "step-00000010", "epoch 1, step 20 of 40"), (3, "step-00000020", "epoch 2, step 0 of 13")],
 )
 def test_a_run_resumes_on_another_number_of_ranks(
     clicks: Path, tmp_path: Path, undisturbed: Path, ranks: int, checkpoint: str, said: str
@@ -497,9 +527,9 @@ def test_a_run_resumes_on_another_number_of_ranks(
     assert done.returncode == 0, done.stderr[-3000:]
     assert said in done.stdout
     record = json.loads((tmp_path / "run.json").read_text())
-    there = json.loads((undisturbed / "epoch-0002" / "progress.json").read_text())["epochs"]
+    there = json.loads((undisturbed / "step-00000040" / "progress.json").read_text())["evaluations"]
     assert record["world_size"] == ranks
-    assert [entry["epoch"] for entry in record["epochs"]] == [1, 2]
-    assert record["epochs"][0] == there[0] or ranks == 1
+    assert [entry["epoch"] for entry in record["evaluations"]] == [1, 1, 1, 2, 2, 2]
+    assert record["evaluations"][0] == there[0]
     # Not the same batches any more, but it goes on learning from where it was.
-    assert record["epochs"][1]["train_loss"] < there[0]["train_loss"]
+    assert record["evaluations"][-1]["train_loss"] < there[0]["train_loss"]

@@ -44,7 +44,7 @@ def arguments(path: Path) -> list[str]:
     return ["--data", str(path), *columns, "--split", "time:time", "--dim", "8", "--compression", "4"]
 
 
-def train(*options: str | Path, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+def train(*options: str | Path, ranks: int = 1, patience: int = 9) -> subprocess.CompletedProcess[str]:
     program = [sys.executable, str(TRAIN)]
     if ranks > 1:
         program = [
@@ -56,7 +56,7 @@ def train(*options: str | Path, ranks: int = 1) -> subprocess.CompletedProcess[s
             str(TRAIN),
         ]
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    command = [*program, *map(str, options), "--batch-size", "128", "--patience", "9"]
+    command = [*program, *map(str, options), "--batch-size", "128", "--patience", str(patience)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
 
@@ -65,17 +65,27 @@ def record_of(done: subprocess.CompletedProcess[str], path: Path) -> dict[str, A
     return json.loads(path.read_text())
 
 
-@pytest.mark.parametrize("table", ["lma", "full"])
-def test_two_ranks_learn_and_record_what_they_did(clicks: Path, tmp_path: Path, table: str) -> None:
+@pytest.mark.parametrize("options", ["--table lma", "--table full", "--table full --dim 4 --data-type FP16"])
+def test_two_ranks_learn_and_record_what_they_did(clicks: Path, tmp_path: Path, options: str) -> None:
     out = tmp_path / "run.json"
     # The few hundred values learn slowly at the default rate, to an AUC that varies with the first weights.
-    done = train("--table", table, *arguments(clicks), "--epochs", "5", "--lr", "0.2", "--json", out, ranks=2)
+    run = [*arguments(clicks), *options.split(), "--epochs", "5", "--lr", "0.2", "--json", out]
+    done = train(*run, "--evaluations-per-epoch", "2", ranks=2)
     record = record_of(done, out)
     assert record["best"]["test"]["auc"] > 0.7
-    assert record["world_size"] == 2 and len(record["epochs"]) == 5
-    assert record["memory"]["full"] >= (4 if table == "lma" else 1) * (
-        record["memory"]["weight"] + record["memory"]["allocation"]
-    )
+    assert record["world_size"] == 2
+    steps = 0.8 * ROWS // 256  # of an epoch
+    assert [entry["steps"] for entry in record["evaluations"]] == [
+        epoch * steps + step for epoch in range(5) for step in ((steps + 1) // 2, steps)
+    ]
+    memory = record["memory"]
+    ids = 200 + 100 + 3 + 3  # and one for ids that are in no training row
+    expected = {"lma": ids * 8 * 4, "full": ids * 8 * 4, "FP16": ids * 4 * 2}[options.split()[-1]]
+    assert memory["full"] == expected
+    if "lma" in options:
+        assert 0.8 * expected < 4 * (memory["weight"] + memory["allocation"]) <= expected
+    else:
+        assert memory["weight"] == expected and memory["optimizer"] == 4 * ids
     assert "test AUC" in done.stdout
 
 
@@ -84,13 +94,32 @@ def test_a_resumed_run_ends_where_an_undisturbed_one_does(clicks: Path, tmp_path
     whole = record_of(train(*lma, "--epochs", "2", "--json", tmp_path / "a.json"), tmp_path / "a.json")
     stops = [*lma, "--checkpoint-dir", tmp_path / "checkpoints", "--json", tmp_path / "b.json"]
     record_of(train(*stops, "--epochs", "1"), tmp_path / "b.json")
-    # What would choose another allocation does not matter: the checkpoint brings its own.
-    resumed = record_of(train(*stops, "--epochs", "2", "--resume", "--hash-seed", "0"), tmp_path / "b.json")
-    assert [entry["epoch"] for entry in resumed["epochs"]] == [1, 2]
+    resumed = record_of(train(*stops, "--epochs", "2", "--resume"), tmp_path / "b.json")
+    assert [entry["epoch"] for entry in resumed["evaluations"]] == [1, 1, 1, 2, 2, 2]
     assert "--resume" in train(*stops, "--epochs", "1").stderr  # a new run does not mix with the old one's checkpoints
-    for mine, theirs in zip(resumed["epochs"], whole["epochs"]):
+    for mine, theirs in zip(resumed["evaluations"], whole["evaluations"]):
         assert mine["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-5)
         assert mine["validation"]["auc"] == pytest.approx(theirs["validation"]["auc"], abs=1e-5)
+
+
+def test_a_run_stops_when_validation_gets_no_better(clicks: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run.json"
+    # The labels of few rows are soon known by heart.
+    run = ["--table", "full", *arguments(clicks), "--epochs", "40", "--lr", "0.5", "--json", out]
+    done = train(*run, "--evaluations-per-epoch", "1", patience=2)
+    evaluations = record_of(done, out)["evaluations"]
+    aucs = [entry["validation"]["auc"] for entry in evaluations]
+    assert len(aucs) < 40
+    assert aucs.index(max(aucs)) == len(aucs) - 3
+
+
+@pytest.mark.parametrize("table", ["lma", "full"])
+def test_a_run_that_diverges_ends_in_an_error(clicks: Path, tmp_path: Path, table: str) -> None:
+    run = ["--table", table, *arguments(clicks), "--json", tmp_path / "run.json", "--checkpoint-dir", tmp_path / "run"]
+    done = train(*run, "--lr", "1e30", "--checkpoint-every", "1")
+    assert done.returncode == 1
+    assert "is NaN or infinite in epoch 1, after 1 steps in all: lower --lr" in done.stderr
+    assert not list(tmp_path.glob("run.json"))
 
 
 def test_the_allocate_command_writes_what_the_trainer_builds(clicks: Path, tmp_path: Path) -> None:
@@ -100,10 +129,11 @@ def test_the_allocate_command_writes_what_the_trainer_builds(clicks: Path, tmp_p
     assert allocation.provenance["rows_seen"] == 0.8 * ROWS  # the training split alone
     run = ["--table", "lma", *arguments(clicks), "--epochs", "1", "--checkpoint-dir", tmp_path / "checkpoints"]
     assert train(*run).returncode == 0
-    assert Allocation.from_checkpoint(tmp_path / "checkpoints" / "epoch-0001").fingerprint == allocation.fingerprint
-    other = train("--table", "lma", *arguments(clicks), "--chunk-dim", "8", "--allocation", path)
+    (newest, *_) = sorted((tmp_path / "checkpoints").glob("step-*"), reverse=True)
+    assert Allocation.from_checkpoint(newest).fingerprint == allocation.fingerprint
+    other = train("--table", "lma", *arguments(clicks), "--dim", "16", "--allocation", path)
     assert other.returncode != 0
-    assert "chunk_dim=4 (now 8)" in other.stderr
+    assert "the allocation was made for other tables" in other.stderr
 
 
 def test_criteo_text_trains_without_a_vocabulary(tmp_path: Path) -> None:

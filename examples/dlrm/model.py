@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torchrec.datasets.utils import Batch
 from torchrec.distributed.comm import get_local_size
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.types import ShardingPlan, ShardingType
@@ -119,18 +120,18 @@ def stored(collection: Collection) -> EmbeddingBagCollection:
     return collection.levels if isinstance(collection, LMAEmbeddingBagCollection) else collection
 
 
-def allowed_sharding_types(args: argparse.Namespace) -> list[str]:
-    """What the planner may choose from. Raises ValueError if nothing is left."""
-    allowed = args.sharding_types or [each.value for each in ShardingType]
+def allowed_kernels(args: argparse.Namespace) -> list[str] | None:
+    """What the planner may choose from; None is all. Raises ValueError if nothing is left.
+
+    Replicated (data-parallel) tables train with torch's optimizers, which keep their state in the type of the weights.
+    In FP16 the small number that keeps row-wise Adagrad from dividing by 0 is 0, and the weights are NaN after a step.
+    """
     data_type = args.data_type or ("FP16" if args.table == "lma" else "FP32")
     if data_type == "FP32":
-        return allowed
-    # Of replicated tables torch's optimizer keeps its state, and torch has it in the type of the weights: the small
-    # number that keeps it from dividing by 0 is 0 in FP16, and the weights are NaN after a step.
-    fused = [each for each in allowed if each != ShardingType.DATA_PARALLEL.value]
-    if not fused:
+        return None
+    if args.sharding_types == [ShardingType.DATA_PARALLEL.value]:
         raise ValueError(f"data_parallel tables train in FP32 only, these are {data_type}: add another sharding type")
-    return fused
+    return [EmbeddingComputeKernel[kernel].value for kernel in ("FUSED", "FUSED_UVM", "FUSED_UVM_CACHING")]
 
 
 def make_plan(
@@ -141,10 +142,12 @@ def make_plan(
     `trained`: settings of the run that is resumed. On as many ranks as then, tables keep their sharding types: where
     two cost the same, the planner may choose another one each time.
     """
-    allowed = allowed_sharding_types(args)
     constraints = {
         table.name: ParameterConstraints(
-            sharding_types=allowed if trained is None else types_again(trained, table.name, allowed)
+            sharding_types=args.sharding_types
+            if trained is None
+            else types_again(trained, table.name, args.sharding_types),
+            compute_kernels=allowed_kernels(args),
         )
         for table in stored(model.model.sparse_arch.embedding_bag_collection).embedding_bag_configs()
     }
@@ -157,8 +160,9 @@ def make_plan(
     return planner.collective_plan(model, get_default_sharders(), dist.GroupMember.WORLD)
 
 
-def types_again(trained: dict[str, Any], table: str, allowed: list[str]) -> list[str]:
+def types_again(trained: dict[str, Any], table: str, sharding_types: list[str] | None) -> list[str]:
     """What a table of a run that is resumed may be sharded as."""
+    allowed = sharding_types if sharding_types is not None else [each.value for each in ShardingType]
     then = trained["plan"][table]["sharding_type"]
     if then in allowed and trained["world_size"] == dist.get_world_size():
         return [then]

@@ -9,16 +9,15 @@ from pathlib import Path
 
 import torch
 from checkpointing import Checkpoints, damage, read_progress, read_settings, read_vocabulary
+from model import make_collection, make_model
 from torch import Tensor, nn
 from torchrec.models.dlrm import DLRM
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
-from train import make_model
 
-from torchrec_lma import Allocation, LMAEmbeddingBagCollection
+from torchrec_lma import Allocation
 from torchrec_lma.datasets import Vocabulary
-from torchrec_lma.inference import ServableModel, load_checkpoint, request
 from torchrec_lma.options import make_tables, open_dataset
+from torchrec_lma.quant import ServableModel, load_checkpoint, request
 
 SAMPLE_ROWS = 1000
 
@@ -37,21 +36,20 @@ def dlrm(checkpoint: Path, allocation: Allocation | None = None) -> ServableMode
     args = argparse.Namespace(**settings["arguments"])
     tables = make_tables(args, settings["num_embeddings"])
     categorical = list(settings["categorical"])
-    if args.table == "lma":
-        allocation = allocation or Allocation.from_checkpoint(checkpoint)
-        ebc: EmbeddingBagCollection = LMAEmbeddingBagCollection(tables, allocation.config, allocation)
-        rows: nn.Module | None = None
-    else:
-        ebc = EmbeddingBagCollection(tables=tables)
-        vocabulary = read_vocabulary(checkpoint)
-        rows = _VocabularyRows(vocabulary, categorical) if vocabulary is not None else _HashedRows(args.num_embeddings)
-    model = make_model(args, ebc, len(settings["numeric"]), torch.device("cpu")).model
+    allocation = (allocation or Allocation.from_checkpoint(checkpoint)) if args.table == "lma" else None
+    cpu = torch.device("cpu")
+    model = make_model(args, make_collection(tables, allocation, cpu), len(settings["numeric"]), cpu).model
     load_checkpoint(model, checkpoint, "model.model.")
     sample = next(open_dataset(args).batches("test", batch_size=SAMPLE_ROWS), None)
     if sample is None:
         raise ValueError("the data has no test rows to check the exported model on; give --data with some")
+    vocabulary = read_vocabulary(checkpoint)
+    if vocabulary is not None:
+        model = _WithRows(_VocabularyRows(vocabulary, categorical), model)
+    elif args.table == "full":
+        model = _WithRows(_HashedRows(args.num_embeddings), model)
     return ServableModel(
-        model=model if rows is None else _WithRows(rows, model),
+        model=model,
         float_features=list(settings["numeric"]),
         id_list_features=categorical,
         id_score_list_features=[],
@@ -60,7 +58,7 @@ def dlrm(checkpoint: Path, allocation: Allocation | None = None) -> ServableMode
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint itself, or of a run's folder that of its best epoch, or the newest if no epoch has ended.
+    """The checkpoint itself, or of a run's folder the best one, or the newest if the run was not evaluated yet.
 
     Raises ValueError if there is none, or it is damaged or gone.
     """
@@ -69,9 +67,9 @@ def find_checkpoint(path: Path) -> Path:
         if not (paths := checkpoints.paths()):
             raise ValueError(f"{path} is no checkpoint of train.py and holds none; give its --checkpoint-dir")
         newest, best = paths[-1], read_progress(paths[-1])["best"]
-        path = newest if best is None else checkpoints.after(best["epoch"])
+        path = newest if best is None else checkpoints.path(best["steps"])
         if not path.exists():
-            raise ValueError(f"{path}, the best epoch of the run, is gone; give another one, such as {newest}")
+            raise ValueError(f"{path}, the best checkpoint of the run, is gone; give another one, such as {newest}")
         reached = "" if best is None else f", validation AUC {best['validation']['auc']:.4f}"
         print(f"taking {path}{reached}", file=sys.stderr)
     if problem := damage(path):
@@ -80,7 +78,7 @@ def find_checkpoint(path: Path) -> Path:
 
 
 class _WithRows(nn.Module):
-    """A model of full tables behind what gives raw ids their rows, as in training."""
+    """A model behind what turns the ids of the data into those of its tables, as in training."""
 
     def __init__(self, rows: nn.Module, model: DLRM) -> None:
         super().__init__()
