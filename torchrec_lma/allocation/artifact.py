@@ -103,7 +103,7 @@ class Allocation:
         memories = []
         for layout in layouts:
             levels = shared_levels(layout, layout.budget_bytes)
-            memories.append(new_memory(layout, layout.tables, levels, {}))
+            memories.append(new_memory(layout, levels, {}))
         return cls(config, all_tables(tables, layouts), (), tuple(memories), {"source": None})
 
     @property
@@ -308,13 +308,10 @@ class Allocation:
         return cls(config, tables, tuple(values["whole"]), tuple(memories), provenance)
 
 
-def new_memory(
-    layout: MemoryLayout, tables: Sequence[TableSpec], levels: tuple[Level, ...], tensors: Mapping[str, Tensor]
-) -> MemoryAllocation:
-    """The memory of a layout for those of its tables that are not whole."""
-    return MemoryAllocation(
-        layout.name, layout.dim, layout.raw_ids, tuple(table.name for table in tables), levels, tensors
-    )
+def new_memory(layout: MemoryLayout, levels: tuple[Level, ...], tensors: Mapping[str, Tensor]) -> MemoryAllocation:
+    """The memory of a layout."""
+    tables = tuple(table.name for table in layout.tables)
+    return MemoryAllocation(layout.name, layout.dim, layout.raw_ids, tables, levels, tensors)
 
 
 def all_tables(tables: Sequence[EmbeddingBagConfig], layouts: Sequence[MemoryLayout]) -> tuple[TableSpec, ...]:

@@ -1,7 +1,7 @@
 """Builds an allocation from training data."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ class AllocationBuilder:
         signature_fraction: share of the budget for signatures, in [0, 1). The most frequent ids that share rows get
             them, as many as fit. Not used without a source.
         whole_fraction: share of the budget for tables that are kept whole, smallest first, in [0, 1]. Where all tables
-            of a memory fit in its budget, all are.
+            of a memory fit in its part of what is left, they are whole too.
         max_ids: distinct ids of all tables together that are counted exactly, at 24 bytes each and 2 MiB at most. Where
             there are more, and more rows than a source samples, only ids in the sampled rows can own rows, their counts
             are estimates of a sketch, and the provenance says so. Make it several times the number of own rows.
@@ -289,14 +289,12 @@ class AllocationBuilder:
                     f"table {name!r} has no id in any of the {self._sample.rows_seen} rows; check that its features "
                     f"{features} are filled, or leave it out of the sources: source={{other: ..., ...}}"
                 )
-        memories: list[MemoryAllocation] = []
-        whole: list[str] = []
-        ids: dict[str, dict[str, Any]] = {}
-        for layout in self._layouts:
-            kept, memory, counts = self._build_memory(layout, rows, row_of_key)
-            whole += kept
-            memories += [memory] if memory is not None else []
-            ids |= counts
+        whole, layouts = self._set_whole_tables_apart()
+        parts = {name: self._ids_of_table(index, rows, row_of_key) for index, name in enumerate(self._table_names)}
+        ids: dict[str, dict[str, Any]] = {
+            name: {"seen": int((part.count > 0).sum()), "whole": name in whole} for name, part in parts.items()
+        }
+        memories = [self._build_memory(layout, parts, rows, ids) for layout in layouts]
         provenance = {
             "source": self._source_record(),
             "signature_fraction": self.signature_fraction,
@@ -307,24 +305,14 @@ class AllocationBuilder:
             "rows_sampled": rows.hash.numel(),
             "ids": ids,
         }
-        whole = [table.name for table in self._tables if table.name in whole]
-        return Allocation(self.config, self._tables, tuple(whole), tuple(memories), provenance)
+        in_order = tuple(table.name for table in self._tables if table.name in whole)
+        return Allocation(self.config, self._tables, in_order, tuple(memories), provenance)
 
     def _build_memory(
-        self, layout: MemoryLayout, rows: Rows, row_of_key: Tensor
-    ) -> tuple[list[str], MemoryAllocation | None, dict[str, dict[str, Any]]]:
-        """The whole tables of a layout, the memory of the others, and a record of each table's ids."""
-        whole, budget = self._whole_tables(layout)
-        tables = [table for table in layout.tables if table.name not in whole]
-        parts = {
-            table.name: self._ids_of_table(self._table_names.index(table.name), rows, row_of_key)
-            for table in layout.tables
-        }
-        record: dict[str, dict[str, Any]] = {
-            name: {"seen": int((part.count > 0).sum()), "whole": name in whole} for name, part in parts.items()
-        }
-        if not tables:
-            return whole, None, record
+        self, layout: MemoryLayout, parts: Mapping[str, "_Ids"], rows: Rows, record: dict[str, dict[str, Any]]
+    ) -> MemoryAllocation:
+        """The memory of a layout, given the ids of all tables; adds what became of them to the tables' records."""
+        tables, budget = layout.tables, layout.budget_bytes
         ids = _Ids.concatenate([parts[table.name] for table in tables])
         positions, n_positions = None, None
         if not layout.raw_ids:
@@ -372,24 +360,41 @@ class AllocationBuilder:
                 "with_signature": int(here[signed].sum()),
                 "sharing_by_signature": int(here[signed[agreeing]].sum()),
             }
-        memory = new_memory(layout, tables, levels, tensors)
-        return whole, memory, record
+        return new_memory(layout, levels, tensors)
 
-    def _whole_tables(self, layout: MemoryLayout) -> tuple[list[str], int]:
-        """Names of the tables that are kept whole, and the bytes that are left to the others."""
-        if layout.raw_ids or self.shared_fraction == 1 or not kernel_takes(layout.dim):
-            return [], layout.budget_bytes
-        row_bytes = layout.dim * layout.value_bytes
-        whole, used = [], 0
-        # One row more, for ids that are not of the vocabulary.
-        sizes = [(check_rows(layout, table.num_embeddings + 1) * row_bytes, table.name) for table in layout.tables]
-        all_fit = sum(size for size, _ in sizes) <= layout.budget_bytes
-        for size, name in sorted(sizes, key=lambda pair: pair[0]):
-            if not all_fit and used + size > self.whole_fraction * layout.budget_bytes:
+    def _set_whole_tables_apart(self) -> tuple[set[str], list[MemoryLayout]]:
+        """Names of the tables that are kept whole, and layouts of the others, among which what is left is shared in
+        proportion to their full bytes."""
+        whole: set[str] = set()
+        if self.shared_fraction == 1:
+            return whole, list(self._layouts)
+        sizes = {
+            # One row more, for ids that are not of the vocabulary.
+            table.name: check_rows(layout, table.num_embeddings + 1) * layout.dim * layout.value_bytes
+            for layout in self._layouts
+            if not layout.raw_ids and kernel_takes(layout.dim)
+            for table in layout.tables
+        }
+        left = total = sum(layout.budget_bytes for layout in self._layouts)
+        for name, size in sorted(sizes.items(), key=lambda item: item[1]):
+            if total - left + size > self.whole_fraction * total:
                 break
-            whole.append(name)
-            used += size
-        return whole, layout.budget_bytes - used
+            whole.add(name)
+            left -= size
+        rest = [
+            replace(layout, tables=tables)
+            for layout in self._layouts
+            if (tables := tuple(table for table in layout.tables if table.name not in whole))
+        ]
+        full_bytes = sum(layout.full_bytes for layout in rest)
+        layouts = []
+        for layout in rest:
+            budget = left * layout.full_bytes // full_bytes
+            if sum(sizes.get(table.name, budget + 1) for table in layout.tables) <= budget:
+                whole |= {table.name for table in layout.tables}
+            else:
+                layouts.append(replace(layout, budget_bytes=budget))
+        return whole, layouts
 
     def _positions(self, ids: "_Ids", tables: Sequence[TableSpec]) -> Tensor:
         """int64 [V], places of ids among those of all vocabularies, one table after another; -1 for ids outside."""

@@ -93,6 +93,11 @@ class MemoryLayout:
     def raw_ids(self) -> bool:
         return self.tables[0].raw_ids
 
+    @property
+    def full_bytes(self) -> int:
+        """Bytes of the uncompressed tables."""
+        return sum(table.full_bytes for table in self.tables)
+
 
 def bytes_per_value(data_type: DataType) -> int:
     return data_type_to_dtype(data_type).itemsize

@@ -153,8 +153,11 @@ def choose_owners(counts: np.ndarray, widths: Sequence[int], skew: float, budget
         low, high = (middle, high) if costs(owners(np.exp(middle))) <= budget else (low, middle)
     own, most = owners(np.exp(low)), owners(np.exp(high))
     for k in range(len(own)):
-        at_most = min(most[k], own[k - 1] if k else counts.size)
-        own[k] = _largest(own[k], at_most, lambda rows, k=k: costs([*own[:k], rows, *own[k + 1 :]]) <= budget)
+
+        def fits(rows: int, k: int = k) -> bool:
+            return costs([*own[:k], rows, *own[k + 1 :]]) <= budget
+
+        own[k] = _largest(own[k], min(most[k], own[k - 1] if k else counts.size), fits)
     return own
 
 

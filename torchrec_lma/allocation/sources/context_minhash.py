@@ -111,8 +111,8 @@ class ContextMinHash(RowsSource):
                     order, element = _consistent_weighted_sample(keys[pair_context], weight, one)
                     least = torch.full((end - start,), torch.inf, dtype=torch.float64)
                     least.scatter_reduce_(0, pair_item, order, "amin")
-                    issmallest = order == least[pair_item]
-                    first = smallest(element[issmallest], pair_item[issmallest], end - start)
+                    is_least = order == least[pair_item]
+                    first = smallest(element[is_least], pair_item[is_least], end - start)
                     sampled[n, start:end] = torch.where(least < best[n, start:end], first, sampled[n, start:end])
                     best[n, start:end] = torch.minimum(least, best[n, start:end])
         return list(sampled)
