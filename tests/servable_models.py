@@ -1,20 +1,21 @@
 """Small servable models: `module:function` factories for the export command."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torchrec.models.dlrm import DLRM
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingBagCollectionInterface
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchrec_lma import Allocation, LMAConfig, LMAEmbeddingBagCollection
-from torchrec_lma.inference import ServableModel, load_checkpoint, request
+from torchrec_lma import Allocation, AllocationBuilder, LMAConfig, LMAEmbeddingBagCollection
+from torchrec_lma.quant import ServableModel, load_checkpoint, request
 
 ROWS = 20
 IDS, SCORED = ["user", "item"], ["tag"]
-CONFIG = LMAConfig(compression=4, chunk_dim=8)
+CONFIG = LMAConfig(compression=4, raw_ids=True)
 
 
 def make_tables(features: list[str], dim: int = 8) -> list[EmbeddingBagConfig]:
@@ -30,13 +31,31 @@ def make_features(keys: list[str], is_weighted: bool = False, largest: int = 500
     return KeyedJaggedTensor(keys=keys, values=values, lengths=lengths, weights=weights)
 
 
+def make_allocation(tables: Sequence[EmbeddingBagConfig], config: LMAConfig = CONFIG) -> Allocation:
+    """Half of the ids were seen, the smaller the more often."""
+    builder = AllocationBuilder(tables, config)
+    names = [name for table in tables for name in table.feature_names]
+    ids = torch.arange(250).repeat_interleave(torch.arange(250, 0, -1) // 25 + 1).repeat(len(names))
+    return builder.update(KeyedJaggedTensor(keys=names, values=ids, lengths=torch.ones_like(ids))).build()
+
+
+def make_lma(tables: list[EmbeddingBagConfig], is_weighted: bool = False) -> LMAEmbeddingBagCollection:
+    return LMAEmbeddingBagCollection(tables, make_allocation(tables), is_weighted)
+
+
 def make_dlrm(table: str, allocation: Allocation | None = None) -> DLRM:
     tables = make_tables(IDS)
     if table == "lma":
-        ebc: EmbeddingBagCollection = LMAEmbeddingBagCollection(tables, CONFIG, allocation)
+        ebc: EmbeddingBagCollectionInterface = LMAEmbeddingBagCollection(tables, allocation or make_allocation(tables))
     else:
         ebc = EmbeddingBagCollection(tables=tables)
     return DLRM(ebc, dense_in_features=3, dense_arch_layer_sizes=[8], over_arch_layer_sizes=[8, 1])
+
+
+def stored_tables(model: DLRM) -> EmbeddingBagCollection:
+    """What TorchRec stores: full tables, or the levels of LMA tables."""
+    ebc = model.sparse_arch.embedding_bag_collection
+    return getattr(ebc, "levels", ebc)
 
 
 def of_dlrm(model: nn.Module, largest: int = 500) -> ServableModel:
@@ -50,8 +69,8 @@ class Mixed(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.plain = LMAEmbeddingBagCollection(make_tables(IDS), CONFIG)
-        self.scored = LMAEmbeddingBagCollection(make_tables(SCORED, 16), CONFIG, is_weighted=True)
+        self.plain = make_lma(make_tables(IDS))
+        self.scored = make_lma(make_tables(SCORED, 16), is_weighted=True)
         self.over = nn.Linear(3 + 2 * 8 + 16, 1)
 
     def forward(
@@ -77,7 +96,7 @@ def criteo_sized() -> ServableModel:
     """13 numbers and 26 ids, which the start-up check of TorchRec's server sends."""
     torch.manual_seed(5)
     numbers, ids = [f"int_{i}" for i in range(13)], [f"cat_{i}" for i in range(26)]
-    ebc = LMAEmbeddingBagCollection(make_tables(ids), CONFIG)
+    ebc = make_lma(make_tables(ids))
     model = DLRM(ebc, dense_in_features=13, dense_arch_layer_sizes=[8], over_arch_layer_sizes=[8, 1])
     return ServableModel(model, numbers, ids, [], request(torch.randn(ROWS, 13), make_features(ids)))
 

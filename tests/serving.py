@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from torchrec_lma.inference.protos.predictor_pb2 import (
+from torchrec_lma.serving.protos.predictor_pb2 import (
     FloatFeatures,
     PredictionRequest,
     PredictionResponse,
     SparseFeatures,
 )
-from torchrec_lma.inference.server import PredictionServer, Settings
+from torchrec_lma.serving.server import PredictionServer, Settings
 
 POISON = 666_666  # an id that makes the model fail
 FLOATS, IDS, SCORED = ("price", "age"), ("user", "item", "tags"), ("clicks",)

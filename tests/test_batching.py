@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from torchrec_lma.inference.batching import Batcher, Limits, QueueFull, Stopped
+from torchrec_lma.serving.batching import Batcher, Limits, QueueFull, Stopped
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from servable_models import ROWS, criteo_sized, mixed
 
-from torchrec_lma.inference import ServableModel, export
+from torchrec_lma.quant import ServableModel, export
 
 SOURCE = Path(__file__).parent / "cpp" / "predict.cpp"
 

@@ -17,11 +17,11 @@ from serving import FLOATS, IDS, POISON, Rows, Running, running, save_model
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_lma.cli import main
-from torchrec_lma.inference import protos
-from torchrec_lma.inference.batching import Limits
-from torchrec_lma.inference.client import PredictionClient
-from torchrec_lma.inference.protos import predictor_pb2
-from torchrec_lma.inference.server import Settings, _shortened
+from torchrec_lma.serving import protos
+from torchrec_lma.serving.batching import Limits
+from torchrec_lma.serving.client import PredictionClient
+from torchrec_lma.serving.protos import predictor_pb2
+from torchrec_lma.serving.server import Settings, _shortened
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 

@@ -32,10 +32,10 @@ from serving import FLOATS, IDS, POISON, Rows, Running, running, save_model
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_lma.cli import main
-from torchrec_lma.inference.batching import Limits
-from torchrec_lma.inference.client import PredictionClient
-from torchrec_lma.inference.model_store import ModelStore
-from torchrec_lma.inference.server import Settings, Tls
+from torchrec_lma.serving.batching import Limits
+from torchrec_lma.serving.client import PredictionClient
+from torchrec_lma.serving.model_store import ModelStore
+from torchrec_lma.serving.server import Settings, Tls
 
 CPU = torch.device("cpu")
 

@@ -10,10 +10,10 @@ from servable_models import IDS, ROWS, SCORED, mixed
 from serving import running
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchrec_lma.inference import export
-from torchrec_lma.inference.batching import Limits
-from torchrec_lma.inference.client import PredictionClient
-from torchrec_lma.inference.server import Settings
+from torchrec_lma.quant import export
+from torchrec_lma.serving.batching import Limits
+from torchrec_lma.serving.client import PredictionClient
+from torchrec_lma.serving.server import Settings
 
 
 def one_row(features: KeyedJaggedTensor, row: int) -> KeyedJaggedTensor:

@@ -37,11 +37,11 @@ import grpc
 import numpy as np
 import torch
 
-from torchrec_lma.inference import request as contract_request
-from torchrec_lma.inference.client import PREDICT, make_request
-from torchrec_lma.inference.contract import ID_TYPE_KEY
-from torchrec_lma.inference.protos.predictor_pb2 import PredictionRequest, PredictionResponse
 from torchrec_lma.options import add_data_options, open_dataset
+from torchrec_lma.quant import request as contract_request
+from torchrec_lma.serving.client import PREDICT, make_request
+from torchrec_lma.serving.contract import ID_TYPE_KEY
+from torchrec_lma.serving.protos.predictor_pb2 import PredictionRequest, PredictionResponse
 
 MAX_OUTSTANDING = 2000  # requests sent and not answered; more are not sent, and counted
 TOLERANCE = 1e-5  # of a probability: a row's floats round differently in batches of different sizes

@@ -28,7 +28,7 @@ What was found of `shard_quant_model` on the CPU with torchrec 1.8.0, for full t
 * FP32 and FP16 tables are sharded table-wise only, by a QuantEmbeddingBagCollectionSharder that does not split scales
   from values, which they do not have; their weights go across by TorchRec's `get_table_to_weights_from_tbe` and
   `assign_weights_to_tbe`.
-* INT4 tables of fewer rows than shards do not load row-wise: TorchRec's UInt4Tensor lacks an operator.
+* An INT4 table of a single row does not load row-wise: TorchRec's UInt4Tensor lacks an operator.
 """
 
 from torchrec_lma.quant.export import Exported, ServableModel, export, load_checkpoint, request
