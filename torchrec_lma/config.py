@@ -47,7 +47,7 @@ class LMAConfig:
     memory_bytes: int | None = None
     widths: tuple[int, ...] | tuple[tuple[int, tuple[int, ...]], ...] | None = None
     data_type: str | None = None
-    skew: float = 0.5
+    skew: float = 0.25
     seed: int = 0
     raw_ids: bool | tuple[str, ...] = False
 

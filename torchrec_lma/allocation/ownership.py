@@ -72,9 +72,9 @@ def choose_levels(
     """
     if shared_fraction == 1 or counts.size == 0:
         return shared_levels(layout, budget - signature_bytes), signature_bytes
-    # The first level takes about half of what each id could have, in powers of 2.
+    # The first level takes about half of what each id could have, the nearest power of 2.
     values_per_id = (budget - signature_bytes) / (layout.value_bytes * counts.size)
-    first = 1 << max(0, int(np.log2(max(1.0, values_per_id / 2))))
+    first = 1 << max(0, round(np.log2(max(1.0, values_per_id / 2))))
     widths = layout.widths or default_widths(layout.dim, min(first, layout.dim))
     while True:
         own, shared_rows, kept = _share_budget(
