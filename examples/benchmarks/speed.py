@@ -36,7 +36,11 @@ from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterCons
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.models.dlrm import DLRM, DLRMTrain
 from torchrec.modules.mc_embedding_modules import ManagedCollisionEmbeddingBagCollection
-from torchrec.modules.mc_modules import DistanceLFU_EvictionPolicy, ManagedCollisionCollection, MCHManagedCollisionModule
+from torchrec.modules.mc_modules import (
+    DistanceLFU_EvictionPolicy,
+    ManagedCollisionCollection,
+    MCHManagedCollisionModule,
+)
 from torchrec.optim import RowWiseAdagrad
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
@@ -170,9 +174,7 @@ def methods(workload: Workload, allocations: dict[str, Allocation], with_others:
 
     found = [Method("full", lambda: EmbeddingBagCollection(workload.tables(), device=meta))]
     for name, allocation in allocations.items():
-        found.append(
-            Method(name, lambda a=allocation: LMAEmbeddingBagCollection(workload.tables(), a, device=meta))
-        )
+        found.append(Method(name, lambda a=allocation: LMAEmbeddingBagCollection(workload.tables(), a, device=meta)))
     if with_others:
         found.append(
             Method("hashing trick", lambda: EmbeddingBagCollection(small, device=meta), lambda x: hashed(x, small))
@@ -316,7 +318,10 @@ def show(rows: list[dict[str, Any]]) -> str:
         line = [row["tables"]]
         for what in ("forward", "forward_backward", "step"):
             if what in row:
-                line += [f"{row[what]['min'] * 1e3:.2f} ms", f"{row[what]['min_ratio']:.2f}x / {row[what]['median_ratio']:.2f}x"]
+                line += [
+                    f"{row[what]['min'] * 1e3:.2f} ms",
+                    f"{row[what]['min_ratio']:.2f}x / {row[what]['median_ratio']:.2f}x",
+                ]
             else:
                 line += ["", ""]
         line.append(f"{row['remap_per_id']['min'] * 1e9:.1f}" if "remap_per_id" in row else "")
@@ -345,7 +350,9 @@ def main() -> None:
     parser.add_argument("--pooling", nargs="+", type=int, default=[1, 20], help="ids in a bag")
     parser.add_argument("--world-size", nargs="+", type=int, default=[1, 2], help="ranks")
     parser.add_argument("--batch-size", type=int, default=2048, help="rows on each rank")
-    parser.add_argument("--data-type", nargs="+", default=["FP16"], help="of LMA weights; the default is that of LMAConfig")
+    parser.add_argument(
+        "--data-type", nargs="+", default=["FP16"], help="of LMA weights; the default is that of LMAConfig"
+    )
     parser.add_argument("--raw-ids", action="store_true", help="also LMA tables of raw ids")
     parser.add_argument("--no-others", dest="with_others", action="store_false", help="only full and LMA tables")
     parser.add_argument("--repeats", type=int, default=20)
@@ -366,11 +373,15 @@ def main() -> None:
                 rows = measure(workload, allocations, world_size, args)
                 records.append({"workload": name, "pooling": pooling, "world_size": world_size, "rows": rows})
                 if not args.json:
-                    print(f"\n{name}, pooling {pooling}, batch {workload.batch_size}, {world_size} ranks (min / median)")
+                    print(
+                        f"\n{name}, pooling {pooling}, batch {workload.batch_size}, {world_size} ranks (min / median)"
+                    )
                     for label, allocation in allocations.items():
                         for memory in allocation.memories:
                             levels = ", ".join(f"{level.width} x {level.rows:,}" for level in memory.levels)
-                            print(f"{label}: {len(allocation.whole)} whole tables; {len(memory.tables)} in levels {levels}")
+                            print(
+                                f"{label}: {len(allocation.whole)} whole tables; {len(memory.tables)} in levels {levels}"
+                            )
                     print(show(rows), flush=True)
     if args.json:
         print(json.dumps(records))
