@@ -17,9 +17,8 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_lma import Allocation, AllocationBuilder, LMAConfig, LMAEmbeddingBagCollection
-from torchrec_lma.addressing import MemoryAddressing
-from torchrec_lma.allocation import ContextMinHash, RowsMinHash, SimHash, Source, sources
-from torchrec_lma.hashing import mix64, table_salt
+from torchrec_lma.allocation import ContextMinHash, RowsMinHash, SimHash, Source
+from torchrec_lma.allocation.sources import context_minhash
 
 Row = dict[str, list[int]]  # feature -> ids; every feature is a table of its own here
 Id = tuple[str, int]
@@ -27,9 +26,10 @@ Id = tuple[str, int]
 K = 4
 FIELDS = ("user", "item", "tag", "day")
 TABLES = [
-    EmbeddingBagConfig(name=name, num_embeddings=20_000, embedding_dim=32, feature_names=[name]) for name in FIELDS
+    EmbeddingBagConfig(name=name, num_embeddings=25_000, embedding_dim=32, feature_names=[name]) for name in FIELDS
 ]
-CONFIG = LMAConfig(compression=4, chunk_dim=4, seed=3)
+# As in the paper: levels of equal width, on which all ids share.
+CONFIG = LMAConfig(compression=4, widths=(8,) * K, seed=3)
 
 
 def kjt(rows: Sequence[Row]) -> KeyedJaggedTensor:
@@ -41,32 +41,36 @@ def kjt(rows: Sequence[Row]) -> KeyedJaggedTensor:
     )
 
 
-def build(rows: Sequence[Row], source: Any, tables=TABLES, **options: Any) -> Allocation:
-    options = {"dedicated_fraction": 0.0, "signature_fraction": 0.5, **options}
-    return AllocationBuilder(tables, CONFIG, source, **options).update(kjt(rows)).build()
+def build(rows: Sequence[Row], source: Any, tables=TABLES, config: LMAConfig = CONFIG, **options: Any) -> Allocation:
+    options = {"shared_fraction": 1.0, "signature_fraction": 0.5, **options}
+    return AllocationBuilder(tables, config, source, **options).update(kjt(rows)).build()
 
 
 def signature_of(allocation: Allocation, table: str, ids: Sequence[int]) -> list[list[int] | None]:
-    """The stored values of ids, None where one has no signature."""
-    addressing = MemoryAddressing(allocation.memories[0], CONFIG.seed)
-    if not addressing.has_signatures:
+    """The stored values of ids of a vocabulary, None where one has no signature."""
+    (memory,) = allocation.memories
+    if "signatures" not in memory.tensors:
         return [None] * len(ids)
-    slots = addressing.signature_index(mix64(torch.tensor(ids) ^ table_salt(CONFIG.seed, table))).tolist()
-    return [addressing.signatures[slot].tolist() if slot >= 0 else None for slot in slots]
+    members = sum((word & 2**64 - 1) << 64 * i for i, word in enumerate(memory.tensors["signed.words"].tolist()))
+    in_order = np.flatnonzero(np.array(list(bin(members)[:1:-1])) == "1").tolist()
+    first = 25_000 * FIELDS.index(table)
+    signatures = dict(zip(in_order, memory.tensors["signatures"].tolist(), strict=True))
+    return [signatures.get(first + id) for id in ids]
 
 
-def shared_chunks(allocation: Allocation, first: Sequence[Id], second: Sequence[Id]) -> Tensor:
-    """bool [pairs, K]: of the first K chunks, which two ids have in common."""
-    ebc = LMAEmbeddingBagCollection(TABLES, CONFIG, allocation)
+def shared_levels(allocation: Allocation, first: Sequence[Id], second: Sequence[Id]) -> Tensor:
+    """bool [pairs, K]: on which of the first K levels two ids have one row."""
+    ebc = LMAEmbeddingBagCollection(TABLES, allocation)
 
-    def addresses(ids: Sequence[Id]) -> Tensor:
-        return torch.cat([ebc.addresses(feature, torch.tensor([id])) for feature, id in ids])[:, :K]
+    def rows(ids: Sequence[Id]) -> Tensor:
+        (table,) = {table for table, _ in ids}
+        return torch.stack(list(ebc.rows(table, torch.tensor([id for _, id in ids])).values()), dim=1)
 
-    return addresses(first) == addresses(second)
+    return rows(first)[:, :K] == rows(second)[:, :K]
 
 
 def assert_theorem(shared: Tensor, similarity: Sequence[float], power: int, rows: int) -> None:
-    """The pairs share as many chunks as J ** power + (1 - J ** power) / rows says: the similar third of them, the
+    """The pairs share as many rows as J ** power + (1 - J ** power) / rows says: the similar third of them, the
     dissimilar third and the middle one, each within 4 standard errors."""
     expected = torch.tensor(similarity, dtype=torch.float64) ** power
     expected = (expected + (1 - expected) / rows).unsqueeze(1).expand(-1, K)
@@ -143,7 +147,7 @@ def check_theorem(source: Any, pairs: tuple[list[Id], list[Id]], of: Callable[[S
     assert max(similarity) - min(similarity) > 0.5  # the data has what the theorem is about
     allocation = build(ROWS, source)
     (memory,) = allocation.memories
-    assert_theorem(shared_chunks(allocation, first, second), similarity, source.power, memory.rows)
+    assert_theorem(shared_levels(allocation, first, second), similarity, source.power, memory.levels[0].rows)
 
 
 @pytest.mark.parametrize("power", [1, 2])
@@ -220,9 +224,9 @@ def test_weighted_contexts_are_sampled_from_few_pairs_at_a_time(pairs: int, monk
         held.append(keys.numel())
         return in_full(keys, *others)
 
-    in_full = sources._consistent_weighted_sample
-    monkeypatch.setattr(sources, "_consistent_weighted_sample", sample)
-    monkeypatch.setattr(sources, "_PAIRS", pairs)
+    in_full = context_minhash._consistent_weighted_sample
+    monkeypatch.setattr(context_minhash, "_consistent_weighted_sample", sample)
+    monkeypatch.setattr(context_minhash, "_PAIRS", pairs)
     assert build(rows, source).fingerprint == expected
     assert 0 < max(held) <= max(pairs, of_one_id) < sum(held) / (2 * len(FIELDS))
 
@@ -244,10 +248,15 @@ def test_ids_share_by_the_angle_between_their_vectors(bits: int, angle: float) -
     one, other = vectors_at(angle, pairs)
     ids = torch.arange(2 * pairs)
     allocation = AllocationBuilder.from_vectors(
-        TABLES, CONFIG, {"item": (ids, torch.cat([one, other]).float())}, SimHash(bits=bits), signature_fraction=0.5
+        TABLES,
+        CONFIG,
+        {"item": (ids, torch.cat([one, other]).float())},
+        SimHash(bits=bits),
+        shared_fraction=1.0,
+        signature_fraction=0.5,
     ).build()
-    shared = shared_chunks(allocation, [("item", i) for i in range(pairs)], [("item", pairs + i) for i in range(pairs)])
-    assert_theorem(shared, [1 - angle / math.pi] * pairs, bits, allocation.memories[0].rows)
+    shared = shared_levels(allocation, [("item", i) for i in range(pairs)], [("item", pairs + i) for i in range(pairs)])
+    assert_theorem(shared, [1 - angle / math.pi] * pairs, bits, allocation.memories[0].levels[0].rows)
 
 
 @pytest.mark.parametrize("within_table, expected", [(False, 1.0), (True, 0.0)])
@@ -255,7 +264,7 @@ def test_equal_vectors_share_across_tables_where_asked(within_table: bool, expec
     ids, vectors = torch.arange(200), torch.randn(200, 8)
     given = {"item": (ids, vectors), "user": (ids, 2 * vectors), "tag": (ids, torch.cat([vectors, vectors], 1))}
     allocation = AllocationBuilder.from_vectors(TABLES, CONFIG, given, SimHash(within_table=within_table)).build()
-    share = lambda table: shared_chunks(  # noqa: E731
+    share = lambda table: shared_levels(  # noqa: E731
         allocation, [("item", i) for i in range(200)], [(table, i) for i in range(200)]
     ).double()
     assert float(share("user").mean()) == pytest.approx(expected, abs=0.01)
@@ -295,12 +304,12 @@ def test_each_table_may_have_its_own_source() -> None:
         CONFIG,
         {"day": (ids, vectors)},
         {"item": item, "user": user, "day": SimHash(num_values=3), "tag": None},
-        dedicated_fraction=0.0,
+        shared_fraction=1.0,
         signature_fraction=0.5,
     )
     mixture = builder.update(kjt(ROWS)).build()
     (memory,) = mixture.memories
-    assert memory.signatures.size(1) == 4  # the largest K
+    assert memory.tensors["signatures"].size(1) == 4  # the largest K
     some = range(0, 1000)
     assert signature_of(mixture, "tag", some) == [None] * 1000
     assert signature_of(mixture, "item", some) == signature_of(build(ROWS, {"item": item}), "item", some)
@@ -310,7 +319,7 @@ def test_each_table_may_have_its_own_source() -> None:
     assert [value is not None for value in two_values] == [support[id] >= 2 for id in some]
     days = signature_of(mixture, "day", ids[:9].tolist())
     assert all(value is not None and value[3] == value[0] for value in days)
-    ids_with_signature = mixture.provenance["ids"]["memory_32"]
+    ids_with_signature = mixture.provenance["ids"]
     assert {name: kinds["with_signature"] > 0 for name, kinds in ids_with_signature.items()} == {
         "user": True,
         "item": True,
@@ -349,7 +358,7 @@ SOURCES = {
 @pytest.mark.parametrize("max_ids", [1 << 24, 25])
 def test_the_order_and_spread_of_rows_do_not_matter(source: Any, max_ids: int) -> None:
     rows = ROWS[:150]
-    options = {"dedicated_fraction": 0.001, "signature_fraction": 0.01, "max_ids": max_ids}
+    options = {"config": LMAConfig(memory_bytes=30_000), "shared_fraction": None, "max_ids": max_ids}
     expected = build(rows, source, **options)
     assert expected.provenance["frequency"] == ("counted" if max_ids > 25 else "sketched")
 
@@ -358,7 +367,12 @@ def test_the_order_and_spread_of_rows_do_not_matter(source: Any, max_ids: int) -
     def check(order: list[int], cuts: list[int], left_first: bool) -> None:
         edges = sorted({0, *cuts, len(rows)})
         parts = [[rows[i] for i in order[a:b]] for a, b in itertools.pairwise(edges)]
-        builders = [AllocationBuilder(TABLES, CONFIG, source, **options).update(kjt(part)) for part in parts]
+        builders = [
+            AllocationBuilder(TABLES, options["config"], source, max_ids=max_ids, signature_fraction=0.5).update(
+                kjt(part)
+            )
+            for part in parts
+        ]
         while len(builders) > 1:
             one, other = builders.pop(0 if left_first else -1), builders.pop(0)
             builders.append(one.merge(other))
@@ -376,15 +390,22 @@ ONE_VECTOR = {"item": (torch.tensor([5]), torch.ones(1, 3))}
 
 def test_rows_tell_which_ids_with_vectors_are_frequent() -> None:
     ids = torch.arange(50)
-    vectors = torch.randn(50, 3)
+    vectors = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+    # One own row of 64 bytes beside a bitmap of 18,756, as much for ten signatures, 8 shared rows.
+    own, signed, shared = 64 + 18_756, 10 * 4 + 18_756, 8 * 64
+    config = LMAConfig(memory_bytes=own + signed + shared, widths=(32,))
     builder = AllocationBuilder.from_vectors(
-        TABLES, LMAConfig(memory_bytes=60 * 128, seed=CONFIG.seed), {"item": (ids, vectors)},
-        dedicated_fraction=135 / (60 * 128), signature_fraction=10 * 22 / (60 * 128),
-    )  # one dedicated row, ten signatures  # fmt: skip
+        TABLES,
+        config,
+        {"item": (ids, vectors)},
+        signature_fraction=signed / config.memory_bytes,
+        shared_fraction=shared / (own + shared),
+        whole_fraction=0.0,
+    )
     rows: list[Row] = [{"item": [i]} for i in (7, 7, 7, 7, *range(20, 30), *range(20, 30))] + [{"item": [100]}] * 3
     allocation = builder.update(kjt(rows)).build()
-    kinds = {"seen": 12, "dedicated": 1, "with_signature": 10}
-    assert kinds.items() <= allocation.provenance["ids"]["memory_32"]["item"].items()
+    expected = {"seen": 12, "own": [1], "with_signature": 10}
+    assert expected.items() <= allocation.provenance["ids"]["item"].items()
     with_signature = [i for i, s in enumerate(signature_of(allocation, "item", range(101))) if s]
     assert with_signature == list(range(20, 30))
 
@@ -484,11 +505,11 @@ def test_unsigned_ids_beyond_int64_are_refused() -> None:
 
 def test_a_table_without_any_id_is_refused_unless_it_has_no_source() -> None:
     rows: list[Row] = [{"user": [i % 3], "item": [i], "tag": [1]} for i in range(9)]
-    with pytest.raises(ValueError, match=r"'day' has no id in any of the 9 rows.*\['day'\].*--source-of day=none"):
+    with pytest.raises(ValueError, match=r"'day' has no id in any of the 9 rows.*\['day'\].*leave it out"):
         build(rows, RowsMinHash())
-    assert build(rows, None).provenance["ids"]["memory_32"]["day"]["seen"] == 0
+    assert build(rows, None).provenance["ids"]["day"]["seen"] == 0
     allocation = build(rows, {"user": RowsMinHash(), "item": RowsMinHash()})
-    assert allocation.provenance["ids"]["memory_32"]["user"]["with_signature"] == 3
+    assert allocation.provenance["ids"]["user"]["with_signature"] == 3
 
 
 def test_sources_of_unknown_tables_or_kinds_are_refused() -> None:
@@ -508,7 +529,7 @@ def test_sources_of_unknown_tables_or_kinds_are_refused() -> None:
     ],
 )
 def test_a_source_that_gives_no_id_a_context_is_refused(tables: Sequence[EmbeddingBagConfig], source: Any) -> None:
-    with pytest.raises(ValueError, match="table 'user' would have no context.*--context.*--source-of"):
+    with pytest.raises(ValueError, match="table 'user' would have no context.*another table in fields"):
         AllocationBuilder(tables, CONFIG, source)
 
 
@@ -516,10 +537,15 @@ def test_provenance_tells_how_many_signatures_agree_with_another() -> None:
     # A user and an item are in one row, which no other of them is in; tags come in twos.
     rows: list[Row] = [{"user": [i], "item": [i], "tag": [i, 100 + i], "day": [i]} for i in range(40)]
     within = build(rows, {name: RowsMinHash(min_support=1, within_table=True) for name in FIELDS})
-    ids = within.provenance["ids"]["memory_32"]
-    assert {name: of_table["sharing"] for name, of_table in ids.items()} == {"user": 0, "item": 0, "tag": 80, "day": 0}
-    across = build(rows, RowsMinHash(min_support=1)).provenance["ids"]["memory_32"]
-    assert all(of_table["sharing"] == of_table["with_signature"] for of_table in across.values())
+    ids = within.provenance["ids"]
+    assert {name: of_table["sharing_by_signature"] for name, of_table in ids.items()} == {
+        "user": 0,
+        "item": 0,
+        "tag": 80,
+        "day": 0,
+    }
+    across = build(rows, RowsMinHash(min_support=1)).provenance["ids"]
+    assert all(of_table["sharing_by_signature"] == of_table["with_signature"] for of_table in across.values())
 
 
 @pytest.mark.parametrize(
