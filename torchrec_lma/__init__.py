@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torchrec_lma.allocation import Allocation, AllocationBuilder
     from torchrec_lma.config import LMAConfig
+    from torchrec_lma.conversion import Reallocation, reallocate
     from torchrec_lma.distributed import LMAEmbeddingBagCollectionSharder, get_default_sharders
     from torchrec_lma.modules import LMAEmbeddingBagCollection
 
@@ -15,7 +16,9 @@ __all__ = [
     "LMAConfig",
     "LMAEmbeddingBagCollection",
     "LMAEmbeddingBagCollectionSharder",
+    "Reallocation",
     "get_default_sharders",
+    "reallocate",
 ]
 _MODULES = {
     "Allocation": "allocation",
@@ -23,7 +26,9 @@ _MODULES = {
     "LMAConfig": "config",
     "LMAEmbeddingBagCollection": "modules",
     "LMAEmbeddingBagCollectionSharder": "distributed",
+    "Reallocation": "conversion",
     "get_default_sharders": "distributed",
+    "reallocate": "conversion",
 }
 
 

@@ -1,7 +1,7 @@
 """LMAEmbeddingBagCollection: what an EmbeddingBagCollection does, with tables that share compressed memories."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -267,6 +267,57 @@ class LMAEmbeddingBagCollection(EmbeddingBagCollectionInterface):
             raise TypeError(f"ids must be an integer tensor of shape [N], got {ids.dtype} of shape {list(ids.shape)}")
         self.remap.check_not_overwritten()
         return to_int64(ids, "the tensor")
+
+    @classmethod
+    def from_embedding_bag_collection(
+        cls,
+        ebc: EmbeddingBagCollection,
+        allocation: Allocation,
+        id_weights: Mapping[str, Tensor] | None = None,
+        ids: Mapping[str, Tensor] | None = None,
+    ) -> "LMAEmbeddingBagCollection":
+        """Compresses trained tables: the weights whose embeddings are closest to theirs (see `least_squares`).
+
+        An id's own rows get its columns, a row that ids share the weighted mean of theirs; rows that no id has keep
+        their initial values. Columns on which an id has no row are lost: they become zeros, which is a harder cut than
+        training compressed tables from the start. Weights are rounded to the allocation's data type.
+
+        Args:
+            ebc: unsharded, with values (not on the meta device).
+            allocation: for the tables of `ebc`.
+            id_weights: for any of the tables, [num_embeddings] >= 0, how much each id's error counts where ids share;
+                how often the id occurs, plus 1, is a good weight. Without them all ids count alike.
+            ids: for each table, integer [num_embeddings], the id that each row of the full table stands for where the
+                model is fed other ids from now on, such as raw ones. Without it row r is id r.
+        Returns:
+            A collection on the device of `ebc`.
+        Raises:
+            TypeError: `ebc` is no plain EmbeddingBagCollection; ids that are not integers. ValueError: as the
+                constructor; weights or ids that do not fit the tables; weights on the meta device.
+
+        Example::
+
+            lma = LMAEmbeddingBagCollection.from_embedding_bag_collection(ebc, Allocation.load(path))
+        """
+        from torchrec_lma import conversion  # it knows this class
+
+        return conversion.from_embedding_bag_collection(ebc, allocation, id_weights, ids)
+
+    def to_embedding_bag_collection(self, ids: Mapping[str, Tensor] | None = None) -> EmbeddingBagCollection:
+        """Full tables with the embeddings of this collection, for any stack that takes a plain one.
+
+        Args:
+            ids: for each table, integer [num_embeddings], the id that each row stands for; without it row r is id r.
+        Returns:
+            An EmbeddingBagCollection of the logical tables, in their data types, on the same device, filled block by
+            block.
+        Raises:
+            ValueError: ids that do not fit the tables; weights on the meta device. TypeError: ids that are not
+                integers.
+        """
+        from torchrec_lma import conversion  # it knows this class
+
+        return conversion.to_embedding_bag_collection(self, ids)
 
     def memory_report(self) -> MemoryReport:
         """Bytes of weights, optimizer state and allocation against full tables; prints as a table."""

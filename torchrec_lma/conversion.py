@@ -1,0 +1,284 @@
+"""From full tables to LMA tables, back, and from one allocation to another."""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torchrec.modules.embedding_configs import data_type_to_dtype
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+
+from torchrec_lma.allocation import Allocation
+from torchrec_lma.features import ID_TYPES
+from torchrec_lma.least_squares import LeastSquares
+from torchrec_lma.modules import LMAEmbeddingBagCollection
+from torchrec_lma.text_table import text_table
+
+_BLOCK_VALUES = 1 << 21  # of one block of vectors: 16 MiB as float64
+
+
+@torch.no_grad()
+def from_embedding_bag_collection(
+    ebc: EmbeddingBagCollection,
+    allocation: Allocation,
+    id_weights: Mapping[str, Tensor] | None = None,
+    ids: Mapping[str, Tensor] | None = None,
+) -> LMAEmbeddingBagCollection:
+    """See LMAEmbeddingBagCollection.from_embedding_bag_collection."""
+    if not isinstance(ebc, EmbeddingBagCollection):
+        raise TypeError(
+            f"ebc is a {type(ebc).__name__}, expected an unsharded EmbeddingBagCollection of full tables; load a "
+            "sharded model's checkpoint into one, and use reallocate for LMA tables"
+        )
+    device = _device(ebc)
+    tables = [copy.copy(table) for table in ebc.embedding_bag_configs()]
+    if ids is None:
+        ids = {table.name: torch.arange(table.num_embeddings, device=device) for table in tables}
+    sizes = {table.name: table.num_embeddings for table in tables}
+    _check_ids(ids, sizes, id_weights or {})
+    _check_one_id_a_row(ids, sizes)
+    lma = LMAEmbeddingBagCollection(tables, allocation, ebc.is_weighted(), device)
+    _fit(lma, ids, lambda table, block: ebc.embedding_bags[table].weight[block], id_weights or {})
+    return lma
+
+
+@torch.no_grad()
+def to_embedding_bag_collection(
+    lma: LMAEmbeddingBagCollection, ids: Mapping[str, Tensor] | None = None
+) -> EmbeddingBagCollection:
+    """See LMAEmbeddingBagCollection.to_embedding_bag_collection."""
+    device = _device(lma)
+    tables = [copy.copy(table) for table in lma.embedding_bag_configs()]
+    sizes = {table.name: table.num_embeddings for table in tables}
+    if ids is None:
+        ids = {name: torch.arange(size, device=device) for name, size in sizes.items()}
+    _check_ids(ids, sizes, {})
+    _check_one_id_a_row(ids, sizes)
+    ebc = EmbeddingBagCollection(tables, is_weighted=lma.is_weighted(), device=device)
+    for table in tables:
+        bag, dtype = ebc.embedding_bags[table.name], data_type_to_dtype(table.data_type)
+        if bag.weight.dtype != dtype:  # the collection itself knows FP32 and FP16 only
+            bag.weight = nn.Parameter(bag.weight.to(dtype))
+        for block in _blocks(table.num_embeddings, table.embedding_dim):
+            bag.weight[block] = lma.materialize(table.name, ids[table.name][block].to(device)).to(dtype)
+    return ebc
+
+
+@dataclass(frozen=True)
+class TableChange:
+    """How far the embeddings of one logical table moved, over the ids that were given and weighted as they were.
+
+    Attributes:
+        table: its name, or "total".
+        ids: how many were given.
+        rms_before: root mean square of a value of the embeddings before.
+        rms_change: root mean square of the difference to it afterwards.
+    """
+
+    table: str
+    ids: int
+    rms_before: float
+    rms_change: float
+
+    @property
+    def relative(self) -> float:
+        """0: nothing changed; 1: the change is as large as the embeddings."""
+        return self.rms_change / self.rms_before if self.rms_before else 0.0
+
+
+@dataclass(frozen=True)
+class Reallocation:
+    """The model under its new allocation, and what that changed; `print(reallocation)` shows the changes as a table."""
+
+    module: LMAEmbeddingBagCollection
+    changes: tuple[TableChange, ...]
+
+    def __str__(self) -> str:
+        lines = [
+            (
+                change.table,
+                f"{change.ids:,}",
+                f"{change.rms_before:.3g}",
+                f"{change.rms_change:.3g}",
+                f"{change.relative:.1%}",
+            )
+            for change in self.changes
+        ]
+        return text_table(("table", "ids", "RMS before", "RMS change", "relative"), lines)
+
+
+@torch.no_grad()
+def reallocate(
+    module: LMAEmbeddingBagCollection,
+    allocation: Allocation,
+    ids: Mapping[str, Tensor],
+    id_weights: Mapping[str, Tensor] | None = None,
+) -> Reallocation:
+    """Moves trained weights under another allocation, changing the embeddings of ids as little as possible.
+
+    An id's own rows get its columns, rows that ids share the weighted mean of theirs (see `least_squares`). Columns on
+    which an id has no row any more are lost; those on which it has one now are zeros where it had none before. Rows
+    that none of the ids has keep the old weights where the level has the same name and size, else they are initialised.
+
+    What an optimizer knew of the old rows means nothing for the new ones: make a new optimizer for the result. Build
+    the new allocation with the old one's seed: under another seed every id that is hashed moves as well.
+
+    Args:
+        module: unsharded; a sharded model's checkpoint loads into one. It is left as it is.
+        allocation: the new one, for tables of the same names, dims and data types. Their num_embeddings, and the
+            config, may be others.
+        ids: for each table, integer [N], distinct: the ids whose embeddings are to be kept.
+        id_weights: for any of the tables, [N] >= 0, how much each id counts where it shares (how often it occurs, plus
+            1, is a good weight); without them all count alike.
+    Raises:
+        TypeError: `module` is no unsharded LMA collection, or ids that are not integers.
+        ValueError: an allocation for other tables; ids or weights that do not fit the tables; weights on the meta
+            device.
+
+    Example::
+
+        result = reallocate(model.sparse_arch.embedding_bag_collection, new_allocation, ids)
+        print(result)
+        model.sparse_arch.embedding_bag_collection = result.module
+    """
+    if not isinstance(module, LMAEmbeddingBagCollection):
+        raise TypeError(
+            f"module is a {type(module).__name__}, expected an unsharded LMAEmbeddingBagCollection; load a sharded "
+            "model's checkpoint into one first"
+        )
+    device, id_weights = _device(module), id_weights or {}
+    old_tables = module.embedding_bag_configs()
+    _check_ids(ids, [table.name for table in old_tables], id_weights)
+    sizes = {table.name: table.num_embeddings for table in allocation.tables}
+    tables = [replace(table, num_embeddings=sizes.get(table.name, table.num_embeddings)) for table in old_tables]
+    new = LMAEmbeddingBagCollection(tables, allocation, module.is_weighted(), device, module.strict)
+    old_bags = module.levels.embedding_bags
+    for name, bag in new.levels.embedding_bags.items():
+        if name in old_bags and bag.weight.shape == old_bags[name].weight.shape:
+            bag.weight.copy_(old_bags[name].weight)
+    _fit(new, ids, lambda table, block: module.materialize(table, ids[table][block].to(device)), id_weights)
+    return Reallocation(new, _changes(module, new, ids, id_weights))
+
+
+def _changes(
+    old: LMAEmbeddingBagCollection,
+    new: LMAEmbeddingBagCollection,
+    ids: Mapping[str, Tensor],
+    id_weights: Mapping[str, Tensor],
+) -> tuple[TableChange, ...]:
+    """A change for each table, then the total."""
+    device = _device(old)
+    changes = []
+    total = torch.zeros(3, dtype=torch.float64, device=device)
+    for table in new.embedding_bag_configs():
+        # Weight of all values, weighted squares of the values before, weighted squares of their change.
+        sums = torch.zeros_like(total)
+        for block in _blocks(ids[table.name].numel(), table.embedding_dim):
+            block_ids = ids[table.name][block].to(device)
+            weights = torch.ones(block_ids.numel())
+            if table.name in id_weights:
+                weights = id_weights[table.name][block]
+            weights = weights.to(device, torch.float64)
+            before = old.materialize(table.name, block_ids).to(torch.float64)
+            change = new.materialize(table.name, block_ids).to(torch.float64) - before
+            sums[0] += weights.sum() * table.embedding_dim
+            sums[1] += weights @ before.square().sum(1)
+            sums[2] += weights @ change.square().sum(1)
+        changes.append(_change(table.name, ids[table.name].numel(), sums))
+        total += sums
+    return (*changes, _change("total", sum(change.ids for change in changes), total))
+
+
+def _change(table: str, n_ids: int, sums: Tensor) -> TableChange:
+    values, before, change = sums.tolist()
+    return TableChange(table, n_ids, (before / (values or 1)) ** 0.5, (change / (values or 1)) ** 0.5)
+
+
+def _fit(
+    lma: LMAEmbeddingBagCollection,
+    ids: Mapping[str, Tensor],
+    vectors: Callable[[str, slice], Tensor],
+    id_weights: Mapping[str, Tensor],
+) -> None:
+    """Writes all weights of a collection, reading the vectors block by block.
+
+    Args:
+        ids: for each logical table, integer [N].
+        vectors: called with a table and a slice of its ids; returns float [n, dim].
+        id_weights: for any of the tables, [N] >= 0; 1 for the others.
+    """
+    device = _device(lma)
+    sizes = {table.name: table.num_embeddings for table in lma.embedding_bag_configs()}
+    groups = [((name,), [sizes[name]]) for name in lma.allocation.whole]  # each id of a whole table owns a row
+    groups += [(memory.tables, [level.own_rows for level in memory.levels]) for memory in lma.allocation.memories]
+    for tables, own_rows in groups:
+        widths, weights = zip(*lma.level_weights(tables[0]))
+        solvers = [None if w is None else LeastSquares(w, own) for w, own in zip(weights, own_rows, strict=True)]
+        for table in tables:
+            for block in _blocks(ids[table].numel(), sum(widths)):
+                each = id_weights[table][block].to(device) if table in id_weights else None
+                columns = vectors(table, block).to(device).split(widths, dim=1)
+                for solver, rows, part in zip(solvers, lma.rows(table, ids[table][block].to(device)).values(), columns):
+                    if solver is not None:
+                        solver.add(rows, part, each)
+        for solver in solvers:
+            if solver is not None:
+                solver.write()
+
+
+def _blocks(n: int, dim: int) -> Iterator[slice]:
+    """Slices of n vectors of a dim, each of bounded size."""
+    step = max(1, _BLOCK_VALUES // dim)
+    for start in range(0, n, step):
+        yield slice(start, min(n, start + step))
+
+
+def _device(module: nn.Module) -> torch.device:
+    device = next(module.parameters()).device
+    if device.type == "meta":
+        raise ValueError(
+            f"the weights of the {type(module).__name__} are on the meta device and have no values; load a checkpoint "
+            "first"
+        )
+    return device
+
+
+def _check_ids(
+    ids: Mapping[str, Tensor], tables: Sequence[str] | Mapping[str, int], weights: Mapping[str, Tensor]
+) -> None:
+    """Raises ValueError unless there are ids for each table and weights that fit them, TypeError unless in tensors."""
+    if set(ids) != set(tables):
+        raise ValueError(
+            f"ids are needed for each of the tables {list(tables)}; missing {sorted(set(tables) - set(ids))}, unknown "
+            f"{sorted(set(ids) - set(tables))}. Give an empty tensor for a table whose ids do not matter"
+        )
+    for name, values in ids.items():
+        if not isinstance(values, Tensor):
+            raise TypeError(f"ids of {name!r} are {type(values).__name__}; give an integer tensor of shape [N]")
+        if values.dim() != 1 or values.dtype not in ID_TYPES:
+            raise TypeError(
+                f"ids of {name!r} are {values.dtype} of shape {list(values.shape)}; give an integer tensor of shape [N]"
+            )
+    for name, of_ids in weights.items():
+        if name not in ids:
+            raise ValueError(f"id_weights has a table {name!r}; the tables are {list(ids)}")
+        if not isinstance(of_ids, Tensor):
+            raise TypeError(f"id_weights of {name!r} are {type(of_ids).__name__}; give a tensor of shape [N]")
+        if of_ids.shape != ids[name].shape:
+            raise ValueError(
+                f"id_weights of {name!r} has shape {list(of_ids.shape)}, expected one weight for each of its "
+                f"{ids[name].numel()} ids"
+            )
+        if not bool(((of_ids >= 0) & torch.isfinite(of_ids)).all()):
+            raise ValueError(
+                f"id_weights of {name!r} has a value that is negative or not finite; give counts or other weights >= 0"
+            )
+
+
+def _check_one_id_a_row(ids: Mapping[str, Tensor], sizes: Mapping[str, int]) -> None:
+    for name, values in ids.items():
+        if values.numel() != sizes[name]:
+            raise ValueError(
+                f"ids of {name!r} has {values.numel()} values, expected one for each of its {sizes[name]} rows"
+            )
