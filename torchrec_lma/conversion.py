@@ -210,6 +210,7 @@ def _fit(
     """
     device = _device(lma)
     sizes = {table.name: table.num_embeddings for table in lma.embedding_bag_configs()}
+    groups: list[tuple[Sequence[str], list[int]]]
     groups = [((name,), [sizes[name]]) for name in lma.allocation.whole]  # each id of a whole table owns a row
     groups += [(memory.tables, [level.own_rows for level in memory.levels]) for memory in lma.allocation.memories]
     for tables, own_rows in groups:
