@@ -1,6 +1,8 @@
 """The prediction server over real gRPC on loopback, against models whose answers are known."""
 
 import concurrent.futures
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -300,3 +302,29 @@ def test_predict_command_says_what_is_wrong(
     assert main([*options, *unreachable]) == 2
     assert "UNAVAILABLE" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["rows.parquet"]
+
+
+def test_a_server_imports_nothing_that_only_training_needs() -> None:
+    code = "import sys; import torchrec_lma.serving.server; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    modules = set(done.stdout.split())
+    assert "torch" in modules and not modules & {"torchrec", "pandas", "pyarrow", "torch.distributed.checkpoint"}
+    own = {module for module in modules if module.startswith("torchrec_lma.")}
+    assert own and all(module.startswith("torchrec_lma.serving") for module in own)
+
+
+def test_the_help_of_serve_needs_no_torch() -> None:
+    code = "import sys; from torchrec_lma.cli import main\ntry: main(['serve', '--help'])\nexcept SystemExit: pass\n"
+    code += "assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "--max-batch ROWS" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("command", ["serve", "predict"])
+def test_without_the_serve_extra_its_name_is_said(command: str, tmp_path: Path) -> None:
+    options = ["model.pt"] if command == "serve" else write_parquet(tmp_path / "rows.parquet", Rows(2))
+    code = "import sys; sys.modules['grpc'] = sys.modules['prometheus_client'] = None\n"  # as if not installed
+    code += "from torchrec_lma.cli import main; sys.exit(main(sys.argv[1:]))"
+    run = [sys.executable, "-W", "ignore", "-c", code, command, *options]
+    done = subprocess.run(run, capture_output=True, text=True)
+    assert done.returncode == 2 and "install torchrec_lma[serve]" in done.stderr

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torchrec.fx import Tracer
 from torchrec.inference.modules import quantize_inference_model
-from torchrec.modules.embedding_configs import DATA_TYPE_NUM_BITS, EmbeddingBagConfig, dtype_to_data_type
+from torchrec.modules.embedding_configs import DATA_TYPE_NUM_BITS, dtype_to_data_type
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.quant.embedding_modules import (
     quant_prep_customize_row_alignment,
@@ -62,8 +62,8 @@ def quantize(
     dtypes = _by_stored_table(model, lma, per_table_weight_dtype or {})
     for module in model.modules():
         if type(module) is EmbeddingBagCollection:
-            _prepare(module, {table.name: dtypes.get(table.name, dtype) for table in module.embedding_bag_configs()})
-    quantize_inference_model(model, quantization_dtype=dtype, per_table_weight_dtype=dtypes)
+            _prepare(module, dtypes, dtype)
+    quantize_inference_model(model, per_table_weight_dtype=dtypes, fp_weight_dtype=dtype, quantization_dtype=dtype)
     for collection in lma:
         # TorchRec's collection looks up the order of its features at the first batch, which a trace cannot do.
         keys = collection.remap.keys
@@ -78,7 +78,8 @@ def _check_allocation(collection: LMAEmbeddingBagCollection) -> None:
     if any(weight.device.type == "meta" for weight in collection.parameters()):
         raise ValueError("an LMA collection is on the meta device: load its weights before it is quantized")
     collection.remap.check_not_overwritten()
-    found = Allocation.from_state(collection.remap.state_dict(), {}).fingerprint
+    state = {key: tensor.cpu() for key, tensor in collection.remap.state_dict().items()}
+    found = Allocation.from_state(state, {}).fingerprint
     if found != collection.allocation.fingerprint:
         raise ValueError(
             f"the collection states allocation {collection.allocation.fingerprint} and its buffers hold {found}: its "
@@ -116,24 +117,24 @@ def _by_stored_table(
     return {name: dtype for name, dtype in dtypes.items() if name in stored}
 
 
-def _prepare(collection: EmbeddingBagCollection, dtypes: Mapping[str, torch.dtype]) -> None:
+def _prepare(collection: EmbeddingBagCollection, dtypes: Mapping[str, torch.dtype], default: torch.dtype) -> None:
     """Makes a collection one that TorchRec quantizes. Raises ValueError where a table cannot have its dtype."""
-    tables: list[EmbeddingBagConfig] = collection.embedding_bag_configs()
-    for table in tables:
-        if dtypes[table.name] not in DTYPES.values():
-            raise ValueError(f"tables cannot be quantized to {dtypes[table.name]}; choose one of {[*DTYPES.values()]}")
-        bits = DATA_TYPE_NUM_BITS[dtype_to_data_type(dtypes[table.name])]
-        if bits <= 8 and table.embedding_dim % (16 // bits):
+    for table in collection.embedding_bag_configs():
+        dtype = dtypes.get(table.name, default)
+        if dtype not in DTYPES.values():
+            raise ValueError(f"tables cannot be quantized to {dtype}; choose one of {[*DTYPES.values()]}")
+        bits = DATA_TYPE_NUM_BITS[dtype_to_data_type(dtype)]
+        if bits <= 8 and table.embedding_dim % (16 // bits):  # FBGEMM keeps the float16 scale beside them aligned
             raise ValueError(
-                f"table {table.name!r} has {table.embedding_dim} columns; {dtypes[table.name]} needs a multiple of "
-                f"{16 // bits}: choose a finer dtype, or one for this table by per_table_weight_dtype"
+                f"table {table.name!r} has {table.embedding_dim} columns; {dtype} needs a multiple of {16 // bits}: "
+                "choose a finer dtype, or one for this table by per_table_weight_dtype"
             )
         bag = collection.embedding_bags[table.name]
         if bag.weight.dtype == torch.bfloat16:  # which TorchRec does not quantize; every BF16 is an FP32
             bag.weight = nn.Parameter(bag.weight.detach().float())
     types: list[type[nn.Module]] = [EmbeddingBagCollection]
     if all(weight.device.type == "cpu" for weight in collection.parameters()):
-        quant_prep_customize_row_alignment(collection, types, 1)  # TorchRec pads rows to 16 bytes, for the GPU
+        quant_prep_customize_row_alignment(collection, types, 1)  # TorchRec pads rows to 16 bytes, as the GPU needs
     # With scales apart from values, the state_dict loads into collections under any sharding.
     quant_prep_enable_quant_state_dict_split_scale_bias_for_types(collection, types)
 
