@@ -1,13 +1,13 @@
 """AUC at a given memory: full tables, smaller dims and LMA tables, each at its own best learning rate.
 
 Trains the DLRM of examples/dlrm/train.py, through the same code, for every method, learning rate of the embeddings and
-seed. A method's learning rate is the one with the best mean validation AUC; what is shown is the test AUC and log-loss at
-that rate, with standard errors over seeds, and the bytes of weights and allocation. Results are kept in --out, line by
-line: a run that is there is not run again.
+seed. A method's learning rate is the one with the best mean validation AUC; what is shown is the test AUC and log-loss
+at that rate, with standard errors over seeds, and the bytes of weights and allocation. Results are kept in --out, line
+by line: a run that is there is not run again.
 
-    python examples/benchmarks/accuracy.py --out runs/accuracy                                   # MovieLens-100K
-    python examples/benchmarks/accuracy.py --out runs/kuairand --data kuairand_pure.parquet --label is_click \\
-        --split time:time_ms --categorical user_id video_id author_id ... --methods full dim-fp16 lma --compression 16 64
+    python examples/benchmarks/accuracy.py --out runs/accuracy                                # MovieLens-100K
+    python examples/benchmarks/accuracy.py --out runs/kuairand --data kuairand_pure.parquet --label is_click \
+        --split time:time_ms --categorical user_id video_id author_id ... --methods full dim-fp16 lma --batch-size 1024
 """
 
 import argparse

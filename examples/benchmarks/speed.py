@@ -1,10 +1,10 @@
 """How long LMA tables take beside full ones, interleaved in one process.
 
-Everything goes through DistributedModelParallel with fused row-wise Adagrad: TorchRec's full tables, the hashing trick (a
-plain table of as many rows as fit in the compressed bytes), TorchRec's managed-collision collection of that size, and LMA
-tables with the settings given. Timed are the embeddings' forward, forward and backward, the remap alone, and a whole DLRM
-step through TrainPipelineSparseDist on 1 and 2 ranks; minima and medians of interleaved repeats, and their ratios to full
-tables.
+Everything goes through DistributedModelParallel with fused row-wise Adagrad: TorchRec's full tables, the hashing trick
+(a plain table of as many rows as fit in the compressed bytes), TorchRec's managed-collision collection of that size,
+and LMA tables with the settings given. Timed are the embeddings' forward, forward and backward, the remap alone, and a
+whole DLRM step through TrainPipelineSparseDist on 1 and 2 ranks; minima and medians of interleaved repeats, and their
+ratios to full tables.
 
     python examples/benchmarks/speed.py                              # both workloads, pooling 1 and 20, 1 and 2 ranks
     python examples/benchmarks/speed.py --workload equal --pooling 1 --world-size 1 --data-type FP16 FP32
@@ -379,9 +379,8 @@ def main() -> None:
                     for label, allocation in allocations.items():
                         for memory in allocation.memories:
                             levels = ", ".join(f"{level.width} x {level.rows:,}" for level in memory.levels)
-                            print(
-                                f"{label}: {len(allocation.whole)} whole tables; {len(memory.tables)} in levels {levels}"
-                            )
+                            whole = len(allocation.whole)
+                            print(f"{label}: {whole} whole tables, {len(memory.tables)} in levels {levels}")
                     print(show(rows), flush=True)
     if args.json:
         print(json.dumps(records))
