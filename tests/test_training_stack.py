@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run
+from sharded_model import BATCH, CPU, LR, assert_close, batch, build, build_allocation, train_reference, whole
 from torch import Tensor
-from torchrec import PoolingType
 from torchrec.distributed.train_pipeline import (
     EvalPipelineSparseDist,
     TrainPipelineBase,
@@ -22,17 +22,6 @@ from torchrec.metrics.metrics_config import MetricsConfig, RecMetricDef, RecMetr
 from torchrec.optim.clipping import GradientClipping, GradientClippingOptimizer
 from torchrec.optim.keyed import KeyedOptimizer
 from torchrec.optim.warmup import WarmupOptimizer, WarmupPolicy, WarmupStage
-from training import (
-    BATCH,
-    CPU,
-    LR,
-    assert_close,
-    batch,
-    build,
-    build_allocation,
-    train_reference,
-    whole,
-)
 
 from torchrec_lma import Allocation
 
@@ -66,13 +55,13 @@ def run_pipeline(allocation: Allocation, pipeline_class: type[Any], sharding: st
 
 
 @pytest.mark.parametrize("pipeline", [TrainPipelineBase, TrainPipelineSparseDist, TrainPipelineSparseDistLite])
-@pytest.mark.parametrize("sharding", ["column_wise", "row_wise"])
+@pytest.mark.parametrize("sharding", ["table_wise", "row_wise"])
 def test_training_through_a_pipeline_equals_one_process(
     allocation: Allocation, pipeline: type[Any], sharding: str
 ) -> None:
     weights, steps = run(run_pipeline, 2, allocation, pipeline, sharding)[0]
     assert steps == STEPS
-    assert_close(weights, train_reference(allocation, 2, "rowwise_adagrad", PoolingType.SUM, False, STEPS)[0])
+    assert_close(weights, train_reference(allocation, 2, "rowwise_adagrad", steps=STEPS)[0])
 
 
 def evaluate(allocation: Allocation) -> tuple[list[Tensor], list[Tensor]]:
@@ -103,13 +92,7 @@ def warm_up(allocation: Allocation, sharding: str, optimizer: str) -> dict[str, 
 def test_warm_up_reaches_fused_and_dense_optimizers(allocation: Allocation, sharding: str, optimizer: str) -> None:
     weights = run(warm_up, 2, allocation, sharding, optimizer)[0]
     expected, _ = train_reference(
-        allocation,
-        2,
-        optimizer,
-        PoolingType.SUM,
-        False,
-        STEPS,
-        lr_of_step=lambda step: LR * min(1.0, 0.1 + 0.9 * step / 3),
+        allocation, 2, optimizer, steps=STEPS, lr_of_step=lambda step: LR * min(1.0, 0.1 + 0.9 * step / 3)
     )
     assert_close(weights, expected)
 
@@ -123,12 +106,11 @@ def clip(allocation: Allocation) -> tuple[dict[str, Tensor], list[str]]:
     return train(dmp, optimizer), list(optimizer.params)
 
 
-def test_gradients_of_dense_memories_are_clipped_with_the_others(allocation: Allocation) -> None:
+def test_gradients_of_replicated_levels_are_clipped_with_the_others(allocation: Allocation) -> None:
     weights, names = run(clip, 2, allocation)[0]
-    assert any("memory_16" in name for name in names)
-    args = (allocation, 2, "sgd", PoolingType.SUM, False, STEPS)
-    unclipped = train_reference(*args)[0]
-    clipped = train_reference(*args, max_norm=MAX_NORM)[0]
+    assert {name for name in weights if ".embedding_bags." in name} <= set(names)
+    unclipped = train_reference(allocation, 2, "sgd", steps=STEPS)[0]
+    clipped = train_reference(allocation, 2, "sgd", steps=STEPS, max_norm=MAX_NORM)[0]
     assert any((clipped[name] - unclipped[name]).abs().max() > 1e-3 for name in clipped), "nothing to clip"
     assert_close(weights, clipped)
 

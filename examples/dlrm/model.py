@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec_lma import Allocation, LMAEmbeddingBagCollection, get_default_sharders
 from torchrec_lma.allocation import reduce_builders
 from torchrec_lma.datasets import RowDataset, Vocabulary
+from torchrec_lma.distributed import level_constraints
 from torchrec_lma.memory_report import optimizer_state_bytes
 from torchrec_lma.options import make_builder
 
@@ -142,15 +144,14 @@ def make_plan(
     `trained`: settings of the run that is resumed. On as many ranks as then, tables keep their sharding types: where
     two cost the same, the planner may choose another one each time.
     """
-    constraints = {
-        table.name: ParameterConstraints(
-            sharding_types=args.sharding_types
-            if trained is None
-            else types_again(trained, table.name, args.sharding_types),
-            compute_kernels=allowed_kernels(args),
-        )
-        for table in stored(model.model.sparse_arch.embedding_bag_collection).embedding_bag_configs()
-    }
+    collection = model.model.sparse_arch.embedding_bag_collection
+    given = ParameterConstraints(sharding_types=args.sharding_types, compute_kernels=allowed_kernels(args))
+    constraints = level_constraints(model, {table.name: given for table in collection.embedding_bag_configs()})
+    if trained is not None:
+        constraints = {
+            name: replace(of_table, sharding_types=types_again(trained, name, args.sharding_types))
+            for name, of_table in constraints.items()
+        }
     topology = Topology(
         world_size=dist.get_world_size(),
         local_world_size=get_local_size(dist.get_world_size()),
