@@ -1,10 +1,13 @@
-"""The demo: full tables against LMA tables on MovieLens-100K, each step launched through torchx.
+"""The demo: full tables, a smaller dim and LMA tables on MovieLens-100K, each step launched through torchx.
 
     make demo        or        python examples/dlrm/demo.py --out runs/demo --seeds 3
 
-Allocates from the training rows, trains both kinds of table with the same seeds on two ranks, prints a table of what
-they reach and what they cost, and leaves the runs' JSON records, `summary.json` and `auc_against_memory.png` in --out.
-Then it exports the first LMA model in INT8, as of its best epoch, serves it, and scores the test rows over gRPC.
+Allocates from the training rows and trains three kinds of tables on two ranks: full ones of dim 64 in FP32; full ones
+of a smaller dim in FP16; and LMA tables of dim 64 in the bytes of the smaller ones. Prints what they reach and what
+they cost, and leaves the runs' JSON records, `summary.json` and `auc_against_memory.png` in --out. Then it exports the
+first LMA model in INT8, as of its best evaluation, serves it, and scores the test rows over gRPC.
+
+Each kind has the learning rate that reached the best validation AUC; --search repeats that search first.
 """
 
 import argparse
@@ -14,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +27,18 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-COMPRESSION = 16
-DATASET = ["--data", "movielens-100k"]
-DATA = [*DATASET, "--compression", str(COMPRESSION)]
-# Similarity finds nothing to gain among so few ids (see README), so all but the dedicated ids are hashed.
-ALLOCATION = ["--source", "none"]
-# Each kind with the optimizer and learning rate that reached the best validation AUC. Adagrad's steps shrink with the
-# gradients a weight has seen, and a weight of an LMA memory sees those of many ids: Adam suits it better.
-TRAINING = {
-    "full": "--optimizer rowwise-adagrad --lr 0.05 --epochs 10 --batch-size 128 --patience 2".split(),
-    "lma": "--optimizer adam --lr 0.001 --epochs 10 --batch-size 128 --patience 2".split(),
+COMPRESSION, DIM = 16, 64
+SMALLER_DIM = 2 * DIM // COMPRESSION  # in FP16
+DATA = ["--data", "movielens-100k"]
+LMA = ["--dim", str(DIM), "--compression", str(COMPRESSION)]
+KINDS = {
+    "full": ["--table", "full", "--dim", str(DIM)],
+    "smaller dim": ["--table", "full", "--dim", str(SMALLER_DIM), "--data-type", "FP16"],
+    "LMA": ["--table", "lma", *LMA],
 }
+TRAINING = "--batch-size 128 --epochs 8 --patience 3".split()
+SEARCHED = (0.02, 0.05, 0.1, 0.2)  # of the tables; the layers have the same one for all kinds
+LEARNING_RATES = {"full": 0.05, "smaller dim": 0.1, "LMA": 0.1}  # what the search found
 
 
 def torchx(component: str, options: list[str], arguments: list[str], log: Path) -> None:
@@ -47,16 +52,33 @@ def torchx(component: str, options: list[str], arguments: list[str], log: Path) 
         sys.exit(f"{tail}\n{' '.join(command)}\nfailed; all of its output is in {log}")
 
 
-def train(table: str, seed: int, out: Path) -> dict[str, Any]:
-    record = out / f"{table}-seed{seed}.json"
-    checkpoints = out / f"{table}-seed{seed}"
+def train(kind: str, lr: float, seed: int, out: Path) -> dict[str, Any]:
+    """The record of a run."""
+    name = run_name(kind, seed)
+    checkpoints = out / name
     shutil.rmtree(checkpoints, ignore_errors=True)  # of an earlier demo; the trainer would refuse to mix them
-    arguments = ["--table", table, "--seed", str(seed), "--json", str(record), *DATA, *TRAINING[table]]
-    arguments += ["--checkpoint-dir", str(checkpoints)]
-    if table == "lma":
-        arguments += [*ALLOCATION, "--allocation", str(out / "allocation.safetensors")]
-    torchx("train", ["-j", "1x2"], arguments, out / f"{table}-seed{seed}.log")
-    return json.loads(record.read_text())
+    arguments = [*DATA, *KINDS[kind], *TRAINING, "--lr", str(lr), "--seed", str(seed)]
+    arguments += ["--json", str(out / f"{name}.json"), "--checkpoint-dir", str(checkpoints)]
+    if kind == "LMA":
+        arguments += ["--allocation", str(out / "allocation.safetensors")]
+    torchx("train", ["-j", "1x2", "--max_restarts", "0"], arguments, out / f"{name}.log")
+    return json.loads((out / f"{name}.json").read_text())
+
+
+def run_name(kind: str, seed: int) -> str:
+    return f"{kind.lower().replace(' ', '-')}-seed{seed}"
+
+
+def search(out: Path, say: Callable[[str], None]) -> dict[str, float]:
+    """The learning rate of each kind that reaches the best validation AUC with seed 0."""
+    found = {}
+    for kind in KINDS:
+        aucs = {}
+        for lr in SEARCHED:
+            aucs[lr] = train(kind, lr, 0, out)["best"]["validation"]["auc"]
+            say(f"{kind}, learning rate {lr}: validation AUC {aucs[lr]:.4f}")
+        found[kind] = max(aucs, key=lambda lr: aucs[lr])
+    return found
 
 
 def export(checkpoint: Path, model: Path) -> None:
@@ -78,7 +100,7 @@ def score_over_grpc(model: Path) -> float:
             time.sleep(0.1)
         address = f"127.0.0.1:{json.loads(serving[0])['port']}"
         # Strings were hashed to 64-bit ids, which do not fit the protocol's int32: --id-type.
-        predict = [*lma, "predict", "--address", address, *DATASET, "--rows", "test", "--id-type", "int64", "--auc"]
+        predict = [*lma, "predict", "--address", address, *DATA, "--rows", "test", "--id-type", "int64", "--auc"]
         predict += ["--out", str(model.with_suffix(".predictions"))]
         done = subprocess.run(predict, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
     finally:
@@ -111,16 +133,18 @@ def summarise(runs: list[dict[str, Any]]) -> dict[str, float]:
 
 def print_table(summary: dict[str, dict[str, float]]) -> None:
     columns = f"{'weights':>12}{'optimizer':>12}{'allocation':>12}{'step':>10}"
-    print(f"\n{'tables':<10}{'test AUC':>10}{'log-loss':>10}{columns}")
+    print(f"\n{'tables':<14}{'test AUC':>10}{'log-loss':>10}{columns}")
     for kind, row in summary.items():
         print(
-            f"{kind:<10}{row['auc']:>10.4f}{row['log_loss']:>10.4f}{row['weight_bytes']:>10,.0f} B"
+            f"{kind:<14}{row['auc']:>10.4f}{row['log_loss']:>10.4f}{row['weight_bytes']:>10,.0f} B"
             f"{row['optimizer_bytes']:>10,.0f} B{row['allocation_bytes']:>10,.0f} B{row['median_step_ms']:>7.1f} ms"
         )
-    full, lma = summary["full"], summary["lma"]
+    full, smaller, lma = (summary[kind] for kind in KINDS)
     ratio = full["weight_bytes"] / (lma["weight_bytes"] + lma["allocation_bytes"])
-    slower = lma["median_step_ms"] / full["median_step_ms"]
-    print(f"LMA at {ratio:.1f}x: AUC {lma['auc'] - full['auc']:+.4f}, step time {slower:.2f}x")
+    print(
+        f"LMA at {ratio:.1f}x: AUC {lma['auc'] - full['auc']:+.4f} against full tables and "
+        f"{lma['auc'] - smaller['auc']:+.4f} against dim {SMALLER_DIM} in FP16\n"
+    )
 
 
 def plot(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
@@ -150,7 +174,8 @@ def plot(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=REPOSITORY / "runs" / "demo", help="folder (default: runs/demo)")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each kind (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each kind (default: %(default)s)")
+    parser.add_argument("--search", action="store_true", help=f"try learning rates {SEARCHED} for each kind first")
     args = parser.parse_args()
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
@@ -159,23 +184,25 @@ def main() -> None:
     def say(what: str) -> None:
         print(f"[{time.monotonic() - started:4.0f} s] {what}", flush=True)
 
-    say("allocating from the training rows")
-    torchx("allocate", [], ["--out", str(out / "allocation.safetensors"), *DATA, *ALLOCATION], out / "allocate.log")
-    runs: dict[str, list[dict[str, Any]]] = {"full": [], "lma": []}
+    say(f"MovieLens-100K: allocating LMA tables of dim {DIM} at {COMPRESSION}x from the training rows")
+    torchx("allocate", [], ["--out", str(out / "allocation.safetensors"), *DATA, *LMA], out / "allocate.log")
+    rates = search(out, say) if args.search else LEARNING_RATES
+    runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
     for seed in range(args.seeds):
         for kind, records in runs.items():
-            say(f"training {kind} tables on two ranks, seed {seed}")
-            records.append(train(kind, seed, out))
-            say(f"    test AUC {records[-1]['best']['test']['auc']:.4f}")
+            say(f"training {kind} on two ranks, learning rate {rates[kind]}, seed {seed}")
+            records.append(train(kind, rates[kind], seed, out))
+            best = records[-1]["best"]
+            say(f"    test AUC {best['test']['auc']:.4f}, the best of {len(records[-1]['evaluations'])} evaluations")
     summary = {kind: summarise(records) for kind, records in runs.items()}
     print_table(summary)
     (out / "summary.json").write_text(json.dumps(summary, indent=1))
     plot(runs, out / "auc_against_memory.png")
 
-    best = runs["lma"][0]["best"]
+    best, name = runs["LMA"][0]["best"], run_name("LMA", 0)
     say("exporting the LMA model of seed 0 in INT8")
-    model = out / "lma-seed0.pt"
-    export(out / "lma-seed0", model)  # of its best epoch
+    model = out / f"{name}.pt"
+    export(out / name, model)  # of its best evaluation
     say(f"serving {model.stat().st_size:,} B over gRPC")
     auc = score_over_grpc(model)
     say(f"    test AUC over gRPC {auc:.4f}, the trainer's {best['test']['auc']:.4f}")

@@ -9,6 +9,7 @@ Runs on CUDA with NCCL where there is a GPU for each local rank, else on the CPU
 
 import argparse
 import json
+import logging
 import os
 import statistics
 import sys
@@ -68,6 +69,9 @@ MAY_CHANGE = {
 # torchrec and torchmetrics call what newer torch versions deprecate; nothing a user of this script could change.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
 warnings.filterwarnings("ignore", category=UserWarning, module="torchmetrics")
+# Their planner warns of every choice that it leaves out; where it has none left it raises an error that says so.
+for _name in ("torch.fx._symbolic_trace", "torchrec.distributed.planner", "torchrec.distributed.utils"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
