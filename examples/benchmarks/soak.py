@@ -4,7 +4,7 @@
 
 Trains examples/dlrm/train.py under torchrun on two ranks and sends SIGKILL to a random one every `--kill-every`
 seconds, SIGTERM to all at the end. Then the same steps undisturbed, and all tensors of the two last checkpoints are
-compared bit by bit. The disturbed run saves very often and the other one at epochs' ends, which is why it is faster.
+compared bit by bit. The disturbed run saves very often and the other one after evaluations, so it is faster.
 
 Memory is read from /proc/PID/smaps_rollup. `anonymous` is what the process has allocated; `RSS` also counts the pages
 of libraries and data files that happen to be mapped in, which grow as code is first used. Drift within a lifetime is
@@ -283,8 +283,8 @@ def soak(args: argparse.Namespace, out: Path) -> int:
         f"{compared - len(different)} of {compared} tensors have the same bits"
         + "".join(f"\n  not {n}" for n in different)
     )
-    same = progress[0]["epochs"] == progress[1]["epochs"]
-    print(f"losses and AUCs of the {len(progress[0]['epochs'])} finished epochs are {'' if same else 'NOT '}the same")
+    same = progress[0]["evaluations"] == progress[1]["evaluations"]
+    print(f"losses and AUCs of the {len(progress[0]['evaluations'])} evaluations are {'' if same else 'NOT '}the same")
     for name, kinds in worst.items():
         for kind, drift in kinds.items():
             parts = [f"{where} lifetimes {value:+.2%}" for where, value in drift.items() if value is not None]
