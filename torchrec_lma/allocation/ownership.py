@@ -121,7 +121,13 @@ def _share_budget(
         return own, few, 0
     fraction = SHARED_FRACTION if shared_fraction is None else shared_fraction
     shared_rows = max(1, int(fraction * (budget - signature_bytes) / row_bytes))
-    return choose(shared_rows, signature_bytes), shared_rows, signature_bytes
+    own = choose(shared_rows, signature_bytes)
+    if shared_fraction is None:
+        # No more rows than there are ids to share them, who are fewer the fewer rows there are.
+        while (enough := max(few, counts.size - own[0])) < shared_rows:
+            shared_rows = enough
+            own = choose(shared_rows, signature_bytes)
+    return own, shared_rows, signature_bytes
 
 
 def choose_owners(counts: np.ndarray, widths: Sequence[int], skew: float, budget: int, costs: Costs) -> list[int]:

@@ -6,8 +6,8 @@ from importlib import import_module
 
 # Where each subcommand is: only the one that runs is imported, so that none waits for what another needs.
 COMMANDS = {
-    "allocate": "torchrec_lma.allocation.command",
-    "inspect": "torchrec_lma.inspection.command",
+    "allocate": "torchrec_lma.cli.allocate",
+    "inspect": "torchrec_lma.cli.inspect",
     "export": "torchrec_lma.cli.export",
     "serve": "torchrec_lma.cli.serve",
     "predict": "torchrec_lma.cli.predict",

@@ -1,8 +1,6 @@
 """Looking into an allocation: `torchrec-lma inspect`."""
 
-from torchrec_lma.inspection.measure import inspect
+from torchrec_lma.inspection.measure import Inspection, inspect
 from torchrec_lma.inspection.observed import ObservedIds
-from torchrec_lma.inspection.page import write_page
-from torchrec_lma.inspection.report import Inspection
 
-__all__ = ["Inspection", "ObservedIds", "inspect", "write_page"]
+__all__ = ["Inspection", "ObservedIds", "inspect"]

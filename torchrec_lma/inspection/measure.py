@@ -1,44 +1,178 @@
-"""What an allocation does: ids by kind, load of the memory's rows, bytes by part, and who shares memory with whom."""
+"""What an allocation does: who owns how many columns, who shares with whom, and what takes how many bytes."""
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
+from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig
 
-from torchrec_lma.addressing import Addressing, MemoryAddressing
 from torchrec_lma.allocation import Allocation, MemoryAllocation
-from torchrec_lma.allocation.index import IdIndex
-from torchrec_lma.hashing import mix64, table_salt, unmix64
+from torchrec_lma.allocation.layout import bytes_per_value
+from torchrec_lma.hashing import mix64
 from torchrec_lma.inspection.observed import ObservedIds, Similarity
-from torchrec_lma.inspection.report import (
-    InspectedMemory,
-    InspectedTable,
-    Inspection,
-    Load,
-    Neighbours,
-    Pairs,
-    SimilarId,
-)
+from torchrec_lma.modules import LMAEmbeddingBagCollection
+from torchrec_lma.text_table import text_table
 
-BLOCK_IDS = 1 << 16
-COUNTERS = 1 << 25  # of chunks that are counted at once: 128 MiB
 BINS, PAIRS_PER_BIN = 10, 150  # tenths of similarity, and pairs wanted in each
-FIRST_IDS, PAIRS_PER_ID, RANDOM_PARTNERS = 200, 5, 2  # ids whose pairs are measured; of each: in a bin, by chance
-# Keys of rows that are read: for the pairs of one id, for all pairs, for the most similar ids of one.
-PAIR_KEYS, ALL_PAIR_KEYS, NEIGHBOUR_KEYS = 1 << 16, 1 << 26, 1 << 25
-HASHED, SIGNATURE, DEDICATED = range(3)
-KINDS = ("hashed", "signature", "dedicated")
-
-# Yields ids, int64 [n], and the salts of their tables, int64 [n] or [1].
-IdBlocks = Callable[[], Iterator[tuple[Tensor, Tensor]]]
+FIRST_IDS, PARTNERS = 300, 12  # ids whose pairs are measured, and of each how many
 
 
-def expected_sharing(similarity: Tensor, power: int, shared_rows: int) -> Tensor:
-    """Probability that two ids with signatures have a chunk at the same address (arXiv 2103.06124, theorem 2)."""
-    agree = similarity**power
-    return agree + (1 - agree) / shared_rows
+@dataclass(frozen=True)
+class InspectedTable:
+    """The ids of one logical table.
+
+    Attributes:
+        memory: that it shares; None for a whole table.
+        columns: 0, and the widths of the memory's levels added up: how many columns an id can own.
+        ids: for each of these how many ids own so many. Those that own none share rows, or are absent.
+        occurrences: for each of these the share of the table's occurrences; None where only data tell.
+    """
+
+    table: str
+    memory: str | None
+    num_embeddings: int
+    columns: tuple[int, ...]
+    ids: tuple[int, ...]
+    occurrences: tuple[float, ...] | None
+
+
+@dataclass(frozen=True)
+class Crowding:
+    """How many of the ids of the data share a row of a level.
+
+    Attributes:
+        level: its name; `rows` are its shared ones, `ids` all that share them.
+        median, p99, most: ids of a row.
+        unused: share of the rows that none has.
+    """
+
+    level: str
+    rows: int
+    ids: int
+    median: int
+    p99: int
+    most: int
+    unused: float
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """Pairs of ids with a signature, by how similar they truly are.
+
+    Attributes:
+        memory: that they share; `source` is their record.
+        bins: for each tenth of similarity with pairs: their number, mean similarity, mean share of the levels on which
+            they have one row, and the mean that theory says. All pairs see the same K hash functions, so that the
+            mean is as far from theory as one pair's: more pairs need not bring it closer.
+    """
+
+    memory: str
+    source: Mapping[str, Any]
+    bins: tuple[dict[str, float], ...]
+
+
+@dataclass(frozen=True)
+class SharedWith:
+    """Whom an id shares a row with, on the first level on which it does.
+
+    Attributes:
+        rows: of the id, for each level of its memory; -1 where it is absent.
+        own: whether they are its own.
+        count: its occurrences in the data.
+        others: table, id and occurrences of those with the same row, most frequent first, and how many there are.
+    """
+
+    table: str
+    id: int
+    rows: dict[str, int]
+    own: tuple[bool, ...]
+    count: int
+    others: tuple[tuple[str, int, int], ...]
+    n_others: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """`str` gives the report as text, `to_dict` as plain JSON values."""
+
+    fingerprint: str
+    config: dict[str, Any]
+    provenance: dict[str, Any]
+    rows_observed: int | None
+    rows_seen: int | None
+    bytes_by_part: dict[str, int]
+    tables: tuple[InspectedTable, ...]
+    crowding: tuple[Crowding, ...]
+    sharing: tuple[Sharing, ...]
+    shared_with: tuple[SharedWith, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        config = ", ".join(f"{key} {value}" for key, value in self.config.items() if value is not None)
+        parts = [f"fingerprint {self.fingerprint}\n{config}\n{self._about_ids()}"]
+        lines = [(part, f"{n:,}") for part, n in self.bytes_by_part.items()]
+        parts.append(text_table(("part", "bytes"), [*lines, ("total", f"{sum(self.bytes_by_part.values()):,}")]))
+        whole = [table.table for table in self.tables if table.memory is None]
+        if whole:
+            parts.append(f"whole tables, of all columns for each id: {', '.join(whole)}")
+        for memory in dict.fromkeys(table.memory for table in self.tables if table.memory is not None):
+            parts.append(_columns_table([table for table in self.tables if table.memory == memory]))
+        if self.crowding:
+            crowded = [
+                (c.level, f"{c.rows:,}", f"{c.ids:,}", str(c.median), str(c.p99), str(c.most), f"{c.unused:.1%}")
+                for c in self.crowding
+            ]
+            header = ("ids at a shared row", "rows", "ids", "median", "p99", "most", "unused")
+            parts.append(text_table(header, crowded))
+        for one in self.sharing:
+            bins = [
+                (f"{b['similarity']:.3f}", f"{b['pairs']:.0f}", f"{b['shared']:.3f}", f"{b['theory']:.3f}")
+                for b in one.bins
+            ]
+            table = text_table(("Jaccard", "pairs", "one row", "theory"), bins, left=0)
+            parts.append(f"{one.memory}: pairs of ids by {one.source['name']}\n{table}")
+        parts += [_shared_with_text(one) for one in self.shared_with]
+        return "\n\n".join(parts)
+
+    def _about_ids(self) -> str:
+        if self.rows_observed is None:
+            sketched = " in a sample of rows" if self.provenance.get("frequency") == "sketched" else ""
+            return f"ids as the builder counted them{sketched}; give data for occurrences and crowding"
+        sample = "" if self.rows_observed == self.rows_seen else f" of {self.rows_seen:,}"
+        text = f"ids of {self.rows_observed:,} distinct rows{sample} of the data"
+        built_from = self.provenance.get("rows_seen")
+        if built_from and self.rows_seen != built_from:
+            text += f"\nwarning: the allocation was built from {built_from:,} rows, the data have {self.rows_seen:,}"
+        return text
+
+
+def _columns_table(tables: Sequence[InspectedTable]) -> str:
+    """How many ids own how many columns of one memory, and what share of occurrences they have."""
+    columns = tables[0].columns
+    lines = []
+    for table in tables:
+        lines.append((table.table, f"{sum(table.ids):,}", *(f"{n:,}" for n in table.ids)))
+        if table.occurrences is not None:
+            lines.append(("  occurrences", "", *(f"{share:.1%}" for share in table.occurrences)))
+    return text_table((f"{tables[0].memory}: columns owned", "ids", *(str(n) for n in columns)), lines)
+
+
+def _shared_with_text(one: SharedWith) -> str:
+    levels = ", ".join(
+        f"{name.rpartition('_')[2]}: {'absent' if row < 0 else f'own row {row}' if own else f'shared row {row}'}"
+        for (name, row), own in zip(one.rows.items(), one.own)
+    )
+    text = f"{one.table}={one.id}, seen {one.count:,} times; level {levels}; shares with {one.n_others:,} ids"
+    if one.others:
+        text += "\n" + text_table(
+            ("table", "id", "seen"), [(table, str(id), f"{count:,}") for table, id, count in one.others]
+        )
+    return text
 
 
 def inspect(
@@ -48,63 +182,42 @@ def inspect(
     top: int = 10,
     seed: int = 0,
 ) -> Inspection:
-    """
+    """Looks into an allocation.
+
     Args:
-        allocation: what to look into.
-        observed: the ids of (a sample of) the rows of each table of the allocation. Without it ids by kind are those
-            that the builder recorded, loads are of the ids with a signature, and there are no pairs. Of a sample, ids
-            by kind are those that the builder recorded where these are more, and loads those of the sample.
-        ids: (table, id) to list the most similar ids of; needs `observed`.
+        allocation: built, loaded, or from a checkpoint, which tells nothing of ids without data.
+        observed: the ids of training rows, as the allocation's tables are fed them.
+        ids: (table, id), for which those that share a row with it are listed; needs `observed`.
         top: how many of these.
-        seed: of the sampled pairs.
+        seed: of the pairs that are sampled.
     Raises:
-        ValueError: no such table, an id that is no int64, ids without `observed` or observed for another allocation,
-            top below 1.
+        ValueError: a table that does not exist, or none observed.
     """
-    for table, id in ids:
+    names = [spec.name for spec in allocation.tables]
+    for table, _ in ids:
         check_table(allocation, table)
-        if not -(2**63) <= id < 2**63:
-            raise ValueError(f"id {id} of table {table!r} is no int64; give an integer in [-2**63, 2**63)")
-    if observed is not None and (
-        observed.seed != allocation.config.seed or set(observed.tables) != {spec.name for spec in allocation.tables}
-    ):
-        raise ValueError(
-            f"the ids were observed for tables {observed.tables} and seed {observed.seed}, the allocation has "
-            f"{[spec.name for spec in allocation.tables]} and seed {allocation.config.seed}; observe them for these"
-        )
+    if observed is not None and not set(names) <= set(observed.tables):
+        raise ValueError(f"the ids were observed for tables {observed.tables}, the allocation has {names}")
     if ids and observed is None:
-        raise ValueError(
-            "similar ids are looked for among the ids of the data, which an allocation does not keep: give the data"
-        )
-    if top < 1:
-        raise ValueError(f"top must be at least 1, got {top}")
-    addressing = Addressing(allocation)
-    memories, tables = [], []
-    for memory in allocation.memories:
-        one = addressing[memory.name]
-        if observed is None:
-            load = _load(one, partial(_entries, one))
-            pairs: tuple[Pairs, ...] = ()
-        else:
-            load = _load(one, _blocks(observed, _items_of(observed, memory.tables)))
-            pairs = tuple(_pairs(allocation, memory, one, observed, seed))
-        memories.append(
-            InspectedMemory(memory.name, memory.dim, one.n_chunks, memory.rows, _parts(allocation, memory), load, pairs)
-        )
-        tables += [_table(allocation, memory, one, name, observed) for name in memory.tables]
-    order = {spec.name: position for position, spec in enumerate(allocation.tables)}
+        raise ValueError("those that share a row are looked for among the ids of the data: give the data")
+    lookup = _Rows(allocation)
+    crowding: list[Crowding] = []
+    sharing: list[Sharing] = []
+    if observed is not None:
+        for memory in allocation.memories:
+            crowding += _crowding(memory, lookup, observed)
+            sharing += _sharing(allocation, memory, lookup, observed, torch.Generator().manual_seed(seed))
     return Inspection(
         fingerprint=allocation.fingerprint,
         config=allocation.config.to_dict(),
         provenance=allocation.provenance,
         rows_observed=observed.rows_sampled if observed is not None else None,
         rows_seen=observed.rows_seen if observed is not None else None,
-        is_sample=observed is not None and observed.is_sample,
-        tables=tuple(sorted(tables, key=lambda table: order[table.table])),
-        memories=tuple(memories),
-        neighbours=tuple(
-            _neighbours(allocation, addressing, observed, *one, top) for one in ids if observed is not None
-        ),
+        bytes_by_part=_bytes_by_part(allocation),
+        tables=tuple(_table(allocation, name, lookup, observed) for name in names),
+        crowding=tuple(crowding),
+        sharing=tuple(sharing),
+        shared_with=tuple(_shared_with(allocation, lookup, observed, *one, top) for one in ids if observed is not None),
     )
 
 
@@ -115,105 +228,6 @@ def check_table(allocation: Allocation, table: str) -> None:
         raise ValueError(f"no table {table!r} in the allocation; it has {', '.join(names)}")
 
 
-def _parts(allocation: Allocation, memory: MemoryAllocation) -> dict[str, int]:
-    row_bytes = next(spec.row_bytes for spec in allocation.tables if spec.name in memory.tables)
-    return {
-        "shared rows": (memory.rows - memory.dedicated_rows) * row_bytes,
-        "dedicated rows": memory.dedicated_rows * row_bytes,
-        "signatures": memory.signatures.nbytes,
-        "index of ids": memory.nbytes - memory.signatures.nbytes,
-    }
-
-
-def _items_of(observed: ObservedIds, tables: Sequence[str]) -> Tensor:
-    """int64, which of the observed ids are of the tables."""
-    wanted = torch.tensor([observed.tables.index(table) for table in tables])
-    return torch.isin(observed.table, wanted).nonzero().squeeze(1)
-
-
-def _blocks(observed: ObservedIds, items: Tensor) -> IdBlocks:
-    return lambda: ((observed.ids[part], observed.salts[observed.table[part]]) for part in items.split(BLOCK_IDS))
-
-
-def _entries(addressing: MemoryAddressing) -> Iterator[tuple[Tensor, Tensor]]:
-    """An id for each entry of the index of signatures, which does not keep ids: one that it takes for that entry."""
-    if addressing.has_signatures:
-        index = addressing.signature_index
-        for positions in torch.arange(index.low.numel()).split(BLOCK_IDS):
-            yield unmix64(index_keys(index, positions)), torch.zeros(1, dtype=torch.int64)
-
-
-def index_keys(index: IdIndex, positions: Tensor) -> Tensor:
-    """int64 [n], a mixed key that the index finds at each of the positions, int64 [n]."""
-    bucket = torch.searchsorted(index.starts, positions.to(index.starts.dtype), right=True) - 1
-    return (bucket << index.shift) | (index.low[positions].to(torch.int64) & 0xFFFFFFFF)
-
-
-def _kinds(addressing: MemoryAddressing, ids: Tensor, salts: Tensor) -> Tensor:
-    """int64 [n], a position in KINDS for each id."""
-    keys = mix64(ids ^ salts)
-    kinds = torch.zeros_like(keys)
-    if addressing.has_signatures:
-        kinds[addressing.signature_index(keys) >= 0] = SIGNATURE
-    if addressing.has_dedicated:
-        kinds[addressing.dedicated(keys) >= 0] = DEDICATED
-    return kinds
-
-
-def _load(addressing: MemoryAddressing, blocks: IdBlocks) -> Load:
-    """The load of shared rows, some chunk positions at a time so that the counters stay bounded."""
-    rows, n_chunks = addressing.shared_rows, addressing.n_chunks
-    step = max(1, min(n_chunks, COUNTERS // rows))
-    histogram = torch.zeros(1, dtype=torch.int64)
-    for first in range(0, n_chunks, step):
-        end = min(n_chunks, first + step)
-        counts = torch.zeros((end - first) * rows, dtype=torch.int32)
-        for ids, salts in blocks():
-            found = addressing(ids, salts, first, end) - addressing.dedicated_rows  # (chunks, n)
-            cells = (found + torch.arange(end - first).unsqueeze(1) * rows)[found >= 0]
-            counts.index_add_(0, cells, torch.ones(1, dtype=torch.int32).expand(cells.numel()))
-        some = torch.bincount(counts)
-        longer, shorter = (some, histogram) if some.numel() > histogram.numel() else (histogram, some)
-        histogram = longer.clone()
-        histogram[: shorter.numel()] += shorter
-    return Load.of(histogram)
-
-
-def _table(
-    allocation: Allocation,
-    memory: MemoryAllocation,
-    addressing: MemoryAddressing,
-    name: str,
-    observed: ObservedIds | None,
-) -> InspectedTable:
-    recorded = allocation.provenance.get("ids", {}).get(memory.name, {}).get(name, {})
-    seen = recorded.get("seen", 0)
-    kinds = [0, recorded.get("with_signature", 0), recorded.get("dedicated", 0)]
-    kinds[HASHED] = max(0, seen - sum(kinds))
-    load = None
-    if observed is not None:
-        items = _items_of(observed, [name])
-        load = _load(addressing, _blocks(observed, items))
-        if not observed.is_sample or items.numel() > seen:  # else the builder knew more ids than a sample of rows does
-            counted = torch.zeros(len(KINDS), dtype=torch.int64)
-            for ids, salts in _blocks(observed, items)():
-                counted += torch.bincount(_kinds(addressing, ids, salts), minlength=len(KINDS))
-            seen, kinds = items.numel(), counted.tolist()
-    entries = max(1, memory.signature_low.numel())
-    each = (memory.signatures.nbytes + memory.signature_low.nbytes + memory.signature_starts.nbytes) / entries
-    return InspectedTable(
-        table=name,
-        memory=memory.name,
-        num_embeddings=next(spec.num_embeddings for spec in allocation.tables if spec.name == name),
-        seen=seen,
-        dedicated=kinds[DEDICATED],
-        with_signature=kinds[SIGNATURE],
-        hashed=kinds[HASHED],
-        signature_bytes=round(each * recorded.get("with_signature", kinds[SIGNATURE])),
-        load=load,
-    )
-
-
 def source_of(allocation: Allocation, table: str) -> dict[str, Any] | None:
     """The record of a table's source."""
     source = allocation.provenance.get("source")
@@ -222,148 +236,175 @@ def source_of(allocation: Allocation, table: str) -> dict[str, Any] | None:
     return source["tables"].get(table) if "tables" in source else source
 
 
-def _pairs(
-    allocation: Allocation,
-    memory: MemoryAllocation,
-    addressing: MemoryAddressing,
-    observed: ObservedIds,
-    seed: int,
-) -> Iterator[Pairs]:
-    """Sampled pairs of ids with a signature, for each source of the memory's tables whose similarity the data tell."""
-    sources: list[tuple[dict[str, Any], list[str]]] = []  # with the tables that have it
-    for table in memory.tables:
-        record = source_of(allocation, table)
-        if record is not None and Similarity.known(record):
-            same = next((tables for source, tables in sources if source == record), None)
-            if same is None:
-                sources.append((record, [table]))
+class _Rows:
+    """Rows of ids under an allocation, by a collection without weights."""
+
+    def __init__(self, allocation: Allocation) -> None:
+        tables = [
+            EmbeddingBagConfig(
+                name=spec.name,
+                num_embeddings=spec.num_embeddings,
+                embedding_dim=spec.embedding_dim,
+                feature_names=[spec.name],
+                data_type=DataType[spec.data_type],
+            )
+            for spec in allocation.tables
+        ]
+        self._ebc = LMAEmbeddingBagCollection(tables, allocation, device=torch.device("meta"))
+
+    def __call__(self, table: str, ids: Tensor) -> Tensor:
+        """int64 [levels, n]"""
+        return torch.stack(list(self._ebc.rows(table, ids).values()))
+
+    def have_signature(self, memory: MemoryAllocation, observed: ObservedIds) -> Tensor:
+        """bool [n], which of the observed ids of a memory have a signature, in the order of `of_memory`."""
+        remap: Any = self._ebc.remap.memories[memory.name]
+        found = []
+        for slot, table in enumerate(memory.tables):
+            ids = observed.ids[observed.of_table(table)]
+            if memory.raw_ids:
+                place = mix64(ids ^ remap.salts[slot])
             else:
-                same.append(table)
-    for source, tables in sources:
-        items = _items_of(observed, tables)
-        kinds = [_kinds(addressing, ids, salts) for ids, salts in _blocks(observed, items)()]
-        items = items[torch.cat(kinds) == SIGNATURE] if kinds else items
-        if items.numel() < 2:
-            continue
-        first, second, similarity = _sampled_pairs(observed, source, items, torch.Generator().manual_seed(seed))
-        if not first.numel():
-            continue
-        num_values = min(source["num_values"], memory.signatures.size(1))
-        a, b = _rows(addressing, observed, first), _rows(addressing, observed, second)
-        shared = (a == b).to(torch.float64).mean(0)
-        yield Pairs(
-            source=source,
-            num_values=num_values,
-            similarity=tuple(similarity.tolist()),
-            shared=tuple(shared.tolist()),
-            bins=tuple(_bins(similarity, shared, source["power"], num_values, addressing.shared_rows)),
-            shared_rows=addressing.shared_rows,
+                place = torch.where((ids >= 0) & (ids < remap.sizes[slot]), ids + remap.first[slot], -1)
+            found.append(remap.signed(place) >= 0)
+        return torch.cat(found)
+
+    def of_memory(self, memory: MemoryAllocation, observed: ObservedIds) -> tuple[Tensor, Tensor]:
+        """Which of the observed ids are of the memory, int64 [n], and their rows, int64 [levels, n]."""
+        items = [observed.of_table(table) for table in memory.tables]
+        return torch.cat(items), torch.cat(
+            [self(table, observed.ids[of_table]) for table, of_table in zip(memory.tables, items)], dim=1
         )
 
 
-def _bin_of(similarity: Tensor) -> Tensor:
-    return (similarity * BINS).long().clamp(max=BINS - 1)
+def _bytes_by_part(allocation: Allocation) -> dict[str, int]:
+    value_bytes = bytes_per_value(allocation.config.weight_type)
+    parts = {
+        spec.name: (spec.num_embeddings + 1) * spec.embedding_dim * value_bytes
+        for spec in allocation.tables
+        if spec.name in allocation.whole
+    }
+    for memory in allocation.memories:
+        for k, level in enumerate(memory.levels):
+            name = f"{memory.level_name(k)}: {level.width} columns of {level.own_rows:,} own"
+            parts[f"{name} and {level.shared_rows:,} shared rows"] = level.table_rows * level.table_width * value_bytes
+        signatures = memory.tensors["signatures"].nbytes if "signatures" in memory.tensors else 0
+        parts[f"{memory.name}: who owns and who has a signature"] = memory.nbytes - signatures
+        if signatures:
+            parts[f"{memory.name}: signatures"] = signatures
+    return parts
 
 
-def _bins(
-    similarity: Tensor, shared: Tensor, power: int, num_values: int, shared_rows: int
-) -> Iterator[dict[str, float]]:
-    expected, bin_of = expected_sharing(similarity, power, shared_rows), _bin_of(similarity)
-    for b in bin_of.unique().tolist():
-        in_bin = bin_of == b
-        theory = expected[in_bin]
-        yield {
-            "pairs": int(in_bin.sum()),
-            "similarity": similarity[in_bin].mean().item(),
-            "shared": shared[in_bin].mean().item(),
-            # A pair is num_values coins, not n_chunks: chunks of one signature value agree together. All pairs see
-            # the same hash functions, so their mean can be as far off as one pair, and never farther.
-            "error_at_most": (theory * (1 - theory) / num_values).mean().sqrt().item(),
-            "theory": theory.mean().item(),
-        }
-
-
-def _rows(addressing: MemoryAddressing, observed: ObservedIds, items: Tensor) -> Tensor:
-    """int64 [n_chunks, n], the addresses of observed ids."""
-    return addressing(observed.ids[items], observed.salts[observed.table[items]], 0, addressing.n_chunks)
-
-
-def _sampled_pairs(
-    observed: ObservedIds, source: dict[str, Any], items: Tensor, random: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Distinct pairs of the given ids, int64 [P] and int64 [P], of every similarity that there is, float64 [P]."""
-    measure = Similarity(observed, source)
-    among = torch.zeros_like(observed.ids, dtype=torch.bool).index_fill_(0, items, True)
-    room = [PAIRS_PER_BIN] * BINS
-    pairs, similarities, keys = [], [], 0
-    # Each id as often as any other, so that rare ids, which have the higher similarities, are among them.
-    for first in items[torch.randperm(items.numel(), generator=random)][:FIRST_IDS].tolist():
-        if keys > ALL_PAIR_KEYS:
-            break
-        among[first] = False  # so that no pair comes twice
-        unrelated = items[torch.randint(items.numel(), (RANDOM_PARTNERS,), generator=random)]
-        if source.get("within_table"):
-            unrelated = unrelated[observed.table[unrelated] == observed.table[first]]
-        second = torch.cat([measure.related(first, among, PAIR_KEYS), unrelated[among[unrelated]]]).unique()
-        second = second[torch.randperm(second.numel(), generator=random)]
-        similarity = measure(first, second)
-        keys += int(measure.keys[first] + measure.keys[second].sum())
-        bin_of = _bin_of(similarity)
-        for b in bin_of.unique().tolist():
-            # Few of one id, and no more of those that share nothing than of the others.
-            chosen = (bin_of == b).nonzero().squeeze(1)[: min(PAIRS_PER_ID, room[b])]
-            room[b] -= chosen.numel()
-            pairs.append(torch.stack([torch.full_like(chosen, first), second[chosen]]))
-            similarities.append(similarity[chosen])
-    if not pairs:
-        return items[:0], items[:0], torch.empty(0, dtype=torch.float64)
-    return *torch.cat(pairs, dim=1), torch.cat(similarities)
-
-
-def _neighbours(
-    allocation: Allocation, addressing: Addressing, observed: ObservedIds, table: str, id: int, top: int
-) -> Neighbours:
-    """The ids of the same memory that are most similar, or where the data do not tell that, that share most of it."""
-    memory = next(memory for memory in allocation.memories if table in memory.tables)
-    one = addressing[memory.name]
-    ids, salts = torch.tensor([id]), torch.tensor([table_salt(allocation.config.seed, table)])
-    wanted = one(ids, salts, 0, one.n_chunks)  # (chunks, 1)
-    item = observed.find(table, id)
-    items = _items_of(observed, memory.tables)
-    if item is not None:
-        items = items[items != item]
-    source = source_of(allocation, table)
-    similarity = None
-    if item is not None and source is not None and Similarity.known(source):
-        measure = Similarity(observed, source)
-        among = torch.zeros_like(observed.ids, dtype=torch.bool).index_fill_(0, items, True)
-        items = measure.related(item, among, NEIGHBOUR_KEYS)
-        similarity = measure(item, items)
-    shares = [(_rows(one, observed, part) == wanted).double().mean(0) for part in items.split(BLOCK_IDS)]
-    shared = torch.cat(shares)
-    by = shared if similarity is None else similarity
-    # Of ids that are alike in this, those that share more memory first, and of these the more frequent.
-    best = (by > 0).nonzero().squeeze(1)
-    for key in (observed.count[items], shared, by):
-        best = best[torch.argsort(key[best], descending=True, stable=True)]
-    best = best[:top]
-    kinds = _kinds(one, observed.ids[items[best]], observed.salts[observed.table[items[best]]])
-    return Neighbours(
-        table=table,
-        id=id,
-        kind=KINDS[int(_kinds(one, ids, salts))],
-        count=int(observed.count[item]) if item is not None else 0,
-        compared=items.numel(),
-        by_similarity=similarity is not None,
-        similar=tuple(
-            SimilarId(
-                table=observed.tables[int(observed.table[items[i]])],
-                id=int(observed.ids[items[i]]),
-                kind=KINDS[kind],
-                count=int(observed.count[items[i]]),
-                shared=shared[i].item(),
-                similarity=similarity[i].item() if similarity is not None else None,
-            )
-            for i, kind in zip(best.tolist(), kinds.tolist())
-        ),
+def _table(allocation: Allocation, name: str, lookup: _Rows, observed: ObservedIds | None) -> InspectedTable:
+    spec = next(spec for spec in allocation.tables if spec.name == name)
+    memory = next((memory for memory in allocation.memories if name in memory.tables), None)
+    widths = [spec.embedding_dim] if memory is None else [level.width for level in memory.levels]
+    columns = (0, *accumulate(widths))
+    occurrences = None
+    if observed is not None:
+        items = observed.of_table(name)
+        owns = torch.full_like(items, len(widths))  # how many levels each id owns: they are the first ones
+        if memory is not None:
+            own_rows = torch.tensor([level.own_rows for level in memory.levels]).unsqueeze(1)
+            rows = lookup(name, observed.ids[items])
+            owns = ((rows >= 0) & (rows < own_rows)).sum(0)
+        counted = torch.bincount(owns, minlength=len(columns)).tolist()
+        of_count = torch.zeros(len(columns), dtype=torch.int64).index_add_(0, owns, observed.count[items])
+        occurrences = tuple((of_count / max(1, int(of_count.sum()))).tolist())
+    else:
+        record = allocation.provenance.get("ids", {}).get(name, {})
+        seen = record.get("seen", 0)
+        own = [seen, *(record.get("own", [0] * len(widths)) if memory is not None else [seen]), 0]
+        counted = [more - less for more, less in zip(own, own[1:])]
+    return InspectedTable(
+        table=name,
+        memory=None if memory is None else memory.name,
+        num_embeddings=spec.num_embeddings,
+        columns=columns,
+        ids=tuple(counted),
+        occurrences=occurrences,
     )
+
+
+def _crowding(memory: MemoryAllocation, lookup: _Rows, observed: ObservedIds) -> list[Crowding]:
+    _, rows = lookup.of_memory(memory, observed)
+    crowding = []
+    for k, level in enumerate(memory.levels):
+        if level.shared_rows:
+            shared = rows[k][rows[k] >= level.own_rows] - level.own_rows
+            at_row = torch.bincount(shared, minlength=level.shared_rows).sort().values
+            median, p99 = (int(at_row[int(q * level.shared_rows)]) for q in (0.5, 0.99))
+            unused = float((at_row == 0).double().mean())
+            name, most = memory.level_name(k), int(at_row[-1])
+            crowding.append(Crowding(name, level.shared_rows, shared.numel(), median, p99, most, unused))
+    return crowding
+
+
+def _sharing(
+    allocation: Allocation, memory: MemoryAllocation, lookup: _Rows, observed: ObservedIds, random: torch.Generator
+) -> list[Sharing]:
+    """Pairs of ids that share by signature, for each source of the memory's tables whose similarity the data tell."""
+    if "signatures" not in memory.tensors:
+        return []
+    shared = [k for k, level in enumerate(memory.levels) if level.shared_rows]
+    items, rows = lookup.of_memory(memory, observed)
+    have_signature = lookup.have_signature(memory, observed)
+    sharing = []
+    sources = {repr(source): source for table in memory.tables if (source := source_of(allocation, table))}
+    for source in sources.values():
+        if not Similarity.known(source):
+            continue
+        of_source = torch.tensor([source_of(allocation, table) == source for table in observed.tables])
+        similarity = Similarity(observed, source)
+        place = torch.full_like(observed.ids, -1)  # of each id that shares by this source, in `items`
+        all_share = torch.stack([rows[k] >= memory.levels[k].own_rows for k in shared]).all(0)
+        chosen = (of_source[observed.table[items]] & have_signature & all_share).nonzero().squeeze(1)
+        place[items[chosen]] = chosen
+        found: list[list[tuple[float, float, float]]] = [[] for _ in range(BINS)]
+        for first in items[chosen[torch.randperm(chosen.numel(), generator=random)[:FIRST_IDS]]].tolist():
+            others = similarity.beside(first, random)
+            by_chance = chosen[torch.randint(chosen.numel(), (2,), generator=random)]
+            others = torch.cat([others[place[others] >= 0], items[by_chance]])
+            if source["within_table"]:
+                others = others[observed.table[others] == observed.table[first]]
+            for second in others[torch.randperm(others.numel(), generator=random)[:PARTNERS]].tolist():
+                jaccard = similarity(first, second)
+                of_bin = found[min(int(jaccard * BINS), BINS - 1)]
+                if second != first and len(of_bin) < PAIRS_PER_BIN:
+                    one, other = rows[:, place[first]], rows[:, place[second]]
+                    agree = jaccard ** source["power"]
+                    theory = sum(agree + (1 - agree) / memory.levels[k].shared_rows for k in shared) / len(shared)
+                    of_bin.append((jaccard, float((one == other)[shared].double().mean()), theory))
+        bins = [
+            {
+                "pairs": len(of_bin),
+                **dict(zip(("similarity", "shared", "theory"), (sum(x) / len(of_bin) for x in zip(*of_bin)))),
+            }
+            for of_bin in found
+            if of_bin
+        ]
+        if bins:
+            sharing.append(Sharing(memory.name, source, tuple(bins)))
+    return sharing
+
+
+def _shared_with(
+    allocation: Allocation, lookup: _Rows, observed: ObservedIds, table: str, id: int, top: int
+) -> SharedWith:
+    memory = next((memory for memory in allocation.memories if table in memory.tables), None)
+    rows = lookup(table, torch.tensor([id])).squeeze(1)
+    items = observed.of_table(table)
+    count = int(observed.count[items][observed.ids[items] == id].sum())
+    if memory is None:
+        return SharedWith(table, id, {table: int(rows[0])}, (True,), count, (), 0)
+    own = tuple(row < level.own_rows for row, level in zip(rows.tolist(), memory.levels))
+    names = [memory.level_name(k) for k in range(len(memory.levels))]
+    others: list[tuple[str, int, int]] = []
+    shared = next((k for k, row in enumerate(rows.tolist()) if row >= 0 and not own[k]), None)
+    if shared is not None:
+        every, their_rows = lookup.of_memory(memory, observed)
+        for item in every[their_rows[shared] == rows[shared]].tolist():
+            entry = (observed.tables[int(observed.table[item])], int(observed.ids[item]), int(observed.count[item]))
+            others += [entry] if entry[:2] != (table, id) else []
+    others.sort(key=lambda entry: -entry[2])
+    return SharedWith(table, id, dict(zip(names, rows.tolist())), own, count, tuple(others[:top]), len(others))

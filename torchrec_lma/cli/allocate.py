@@ -16,9 +16,9 @@ import numpy as np
 import torch.distributed as dist
 from tqdm import tqdm
 
-from torchrec_lma.allocation.allocation import Allocation
+from torchrec_lma.allocation import Allocation
 from torchrec_lma.allocation.reduction import noticing_lost_workers, reduce_builders, reduce_to_first
-from torchrec_lma.datasets import RowDataset
+from torchrec_lma.datasets import RowDataset, Vocabulary
 from torchrec_lma.options import (
     add_data_options,
     add_lma_options,
@@ -26,6 +26,7 @@ from torchrec_lma.options import (
     count_embeddings,
     make_builder,
     make_tables,
+    make_vocabulary,
     open_dataset,
 )
 
@@ -34,9 +35,9 @@ def add_allocate(commands: Any) -> None:
     parser = commands.add_parser(
         "allocate",
         help="build an allocation from training data",
-        description="Reads the training split once and writes the allocation of its ids: a safetensors file. Under "
-        "torchrun every worker reads its share of the rows and the first one writes; the result does not depend on how "
-        "many there are.",
+        description="Reads the training split and writes the allocation of its ids: a safetensors file. Under torchrun "
+        "every worker reads its share of the rows and the first one writes; the result does not depend on how many "
+        "there are.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to write the allocation")
@@ -70,11 +71,12 @@ def _allocate(args: argparse.Namespace, rank: int, world_size: int) -> None:
     if rank == 0:
         _check_writable(args.out)
     dataset = open_dataset(args, needs_label=False)
-    builder = make_builder(args, make_tables(args, _count_embeddings(args, dataset, rank, world_size)))
+    vocabulary, num_embeddings = _vocabulary(args, dataset, rank, world_size)
+    builder = make_builder(args, make_tables(args, num_embeddings))
     batches = dataset.batches("train", batch_size=args.batch_size, rank=rank, world_size=world_size)
     n_batches = dataset.num_batches("train", args.batch_size, world_size)
     for batch in tqdm(batches, total=n_batches, unit="batch", disable=None if rank == 0 else True):
-        builder.update(batch.sparse_features)
+        builder.update(batch.sparse_features if vocabulary is None else vocabulary(batch.sparse_features))
     if world_size > 1:
         reduced = reduce_builders(builder)
         if reduced is None:
@@ -111,16 +113,26 @@ def _ending_on_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _count_embeddings(args: argparse.Namespace, dataset: RowDataset, rank: int, world_size: int) -> dict[str, int]:
-    """Rows of each column's full table: --num-embeddings, or the distinct ids of the training rows of all workers."""
-    if world_size == 1 or args.num_embeddings is not None:
-        return count_embeddings(args, dataset)
+def _vocabulary(
+    args: argparse.Namespace, dataset: RowDataset, rank: int, world_size: int
+) -> tuple[Vocabulary | None, dict[str, int]]:
+    """The vocabulary of the training rows of all workers, where tables take one, and the rows of each full table."""
+    if world_size == 1:
+        vocabulary = make_vocabulary(args, dataset)
+        return vocabulary, count_embeddings(args, dataset) if vocabulary is None else vocabulary.num_embeddings
+    if args.num_embeddings is not None:
+        return None, count_embeddings(args, dataset)
     ids = reduce_to_first(dataset.distinct_ids(rank=rank, world_size=world_size), _union)
-    counts = [None if ids is None else {column: of_column.size for column, of_column in ids.items()}]
+    # Workers that take raw ids need their number only.
+    message: list[Any] = [ids]
+    if ids is not None and args.raw_ids:
+        message = [{column: of_column.size + 1 for column, of_column in ids.items()}]
     with noticing_lost_workers():
-        dist.broadcast_object_list(counts)
-    assert counts[0] is not None
-    return counts[0]
+        dist.broadcast_object_list(message)
+    if args.raw_ids:
+        return None, message[0]
+    vocabulary = Vocabulary(message[0])
+    return vocabulary, vocabulary.num_embeddings
 
 
 def _union(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -128,32 +140,37 @@ def _union(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> dict[str
 
 
 def _print(allocation: Allocation, path: Path) -> None:
+    ids = allocation.provenance["ids"]
+    for table in allocation.whole:
+        print(f"{table}: whole, {ids[table]['seen']:,} ids seen")
     for memory in allocation.memories:
-        print(f"{memory.name}: {memory.rows:,} rows, {memory.dedicated_rows:,} of them dedicated")
-    for memory_name, tables in allocation.provenance["ids"].items():
-        for table, ids in tables.items():
-            print(
-                f"  {memory_name} {table}: {ids['seen']:,} ids seen, {ids['dedicated']:,} dedicated, "
-                f"{ids['with_signature']:,} with a signature"
-            )
+        levels = ", ".join(f"{level.own_rows:,} of {level.width}" for level in memory.levels)
+        shared = sum(level.shared_rows for level in memory.levels)
+        print(f"{memory.name}: own rows of columns: {levels}; {shared:,} shared rows")
+        for table in memory.tables:
+            of_table = ids[table]
+            line = f"  {table}: {of_table['seen']:,} ids seen, own rows: {', '.join(f'{n:,}' for n in of_table['own'])}"
+            if of_table["with_signature"]:
+                line += f", {of_table['with_signature']:,} with a signature"
+            print(line)
     _print_unshared(allocation)
     if allocation.provenance["frequency"] == "sketched":
-        print("  more distinct ids than --max-ids: counts are estimates, ids seen are those in the sampled rows")
+        print("  more distinct ids than can be counted: counts are estimates, ids seen are those in the sampled rows")
     print(f"{path}: {allocation.nbytes:,} bytes beside the weights, fingerprint {allocation.fingerprint}")
 
 
 def _print_unshared(allocation: Allocation) -> None:
     """Warns of the tables whose signatures cost bytes and make no ids share."""
     for memory in allocation.memories:
-        of_table = allocation.provenance["ids"][memory.name]
-        n = sum(ids["with_signature"] for ids in of_table.values())
-        index_bytes = memory.signature_low.nbytes + memory.signature_starts.nbytes
-        for table, ids in of_table.items():
+        if "signatures" not in memory.tensors:
+            continue
+        n, num_values = memory.tensors["signatures"].shape
+        for table in memory.tables:
+            ids = allocation.provenance["ids"][table]
             # Values of 32 bits of so many ids agree by chance as well: so many times, and six deviations more.
-            by_chance = ids["with_signature"] * n * memory.signatures.size(1) / 2**32
-            if ids["with_signature"] and ids["sharing"] <= by_chance + 6 * math.sqrt(by_chance):
-                saved = ids["with_signature"] * (memory.signatures.nbytes + index_bytes) // n
+            by_chance = ids["with_signature"] * n * num_values / 2**32
+            if ids["with_signature"] and ids["sharing_by_signature"] <= by_chance + 6 * math.sqrt(by_chance):
                 print(
-                    f"  warning: {table}: no two signatures agree in any value; these signatures share no memory; "
-                    f"--source-of {table.removeprefix('t_')}=none saves {saved:,} bytes"
+                    f"  warning: {table}: no two signatures agree in any value; these signatures share no rows and "
+                    f"take {ids['with_signature'] * num_values * 4:,} bytes; give another --source or none"
                 )
