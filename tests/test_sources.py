@@ -51,7 +51,7 @@ def signature_of(allocation: Allocation, table: str, ids: Sequence[int]) -> list
     (memory,) = allocation.memories
     if "signatures" not in memory.tensors:
         return [None] * len(ids)
-    members = sum((word & 2**64 - 1) << 64 * i for i, word in enumerate(memory.tensors["signed.words"].tolist()))
+    members = sum((word & 2**32 - 1) << 32 * i for i, word in enumerate(memory.tensors["signed.words"].tolist()))
     in_order = np.flatnonzero(np.array(list(bin(members)[:1:-1])) == "1").tolist()
     first = 25_000 * FIELDS.index(table)
     signatures = dict(zip(in_order, memory.tensors["signatures"].tolist(), strict=True))

@@ -17,6 +17,7 @@ import fbgemm_gpu  # noqa: F401  isort: skip
 from torchrec_lma.allocation.artifact import Allocation, MemoryAllocation
 from torchrec_lma.allocation.bitmap import RankBitmap
 from torchrec_lma.allocation.index import IdIndex
+from torchrec_lma.allocation.layout import MAX_ROWS
 from torchrec_lma.features import Slot, bag_ends, ids_per_feature, take_features
 from torchrec_lma.hashing import level_multiplier, mix64, salt, table_salt, to_row
 
@@ -27,17 +28,17 @@ torch.fx.wrap("take_features")
 
 
 class AllOwn(nn.Module):
-    """Every position is an owner, and its own row."""
+    """Every position is an owner, and its own row, int32."""
 
     def forward(self, positions: Tensor) -> Tensor:
-        return positions
+        return positions.to(torch.int32)
 
 
 class NoneOwns(nn.Module):
-    """No position has an own row."""
+    """No position has an own row: int32, -1."""
 
     def forward(self, positions: Tensor) -> Tensor:
-        return torch.full_like(positions, -1)
+        return torch.full_like(positions, -1, dtype=torch.int32)
 
 
 class MemoryRemap(nn.Module):
@@ -80,6 +81,7 @@ class MemoryRemap(nn.Module):
         tensors = memory.tensors
         sizes = [num_embeddings[table] for table in memory.tables]
         positions = sum(sizes)
+        self.positions_fit_int32 = positions <= MAX_ROWS
         owners: List[nn.Module] = []
         for k, level in enumerate(memory.levels):
             if f"owners.{k}.words" in tensors:
@@ -126,6 +128,8 @@ class MemoryRemap(nn.Module):
         else:
             inside = (ids >= 0) & (ids < self.sizes.index_select(0, slot))
             position = torch.where(inside, ids + self.first.index_select(0, slot), -1)
+            if self.positions_fit_int32:  # half the bytes, twice the speed
+                position = position.to(torch.int32)
             outside = (~inside).sum()
         all_rows: List[Tensor] = []
         all_lengths: List[Tensor] = []
@@ -140,7 +144,7 @@ class MemoryRemap(nn.Module):
                 self._emit(k, own.index_copy(0, missing, shared), offsets, weights, all_rows, all_lengths, all_weights)
             elif self.own_rows[k] > 0:
                 present = own >= 0
-                row_offsets = complete_cumsum(present).index_select(0, own_offsets)
+                row_offsets = count_before(present).index_select(0, own_offsets)
                 kept = present.nonzero().squeeze(1)
                 rows = own.index_select(0, kept)
                 row_weights = own_weights
@@ -152,7 +156,7 @@ class MemoryRemap(nn.Module):
         return all_rows, all_lengths, all_weights, outside
 
     def _shared(self, k: int, ids: Tensor, slot: Tensor, position: Tensor, missing: Tensor) -> Tensor:
-        """int64 [M], the shared rows on level k of those of the ids that are at these places, int64 [M]."""
+        """int32 [M], the shared rows on level k of those of the ids that are at these places, int64 [M]."""
         place = position.index_select(0, missing)
         if self.raw_ids:
             keys = place
@@ -163,7 +167,7 @@ class MemoryRemap(nn.Module):
             values = self.signatures[:, k % self.signatures.size(1)].index_select(0, found.clamp(min=0))
             by_value = mix64(values.to(torch.int64) ^ self.signature_salt)
             keys = torch.where(found >= 0, by_value, keys)
-        return to_row(keys, self.multipliers[k], self.shared_rows[k]) + self.own_rows[k]
+        return (to_row(keys, self.multipliers[k], self.shared_rows[k]) + self.own_rows[k]).to(torch.int32)
 
     def _emit(
         self,
@@ -180,13 +184,13 @@ class MemoryRemap(nn.Module):
             if pack > 1:
                 here = rows % pack == place
                 kept = here.nonzero().squeeze(1)
-                ends = complete_cumsum(here).index_select(0, offsets)
-                all_rows.append((rows.index_select(0, kept) // pack).to(torch.int32))
-                all_lengths.append((ends[1:] - ends[:-1]).to(torch.int32))
+                ends = count_before(here).index_select(0, offsets)
+                all_rows.append(rows.index_select(0, kept) // pack)
+                all_lengths.append(ends[1:] - ends[:-1])
                 if weights is not None:
                     all_weights.append(weights.index_select(0, kept))
             else:
-                all_rows.append(rows.to(torch.int32))
+                all_rows.append(rows)
                 all_lengths.append((offsets[1:] - offsets[:-1]).to(torch.int32))
                 if weights is not None:
                     all_weights.append(weights)
@@ -360,6 +364,11 @@ def level_key(slot: Slot, level: int, place: int) -> str:
 def complete_cumsum(values: Tensor) -> Tensor:
     """int64 [n + 1], the sum of the values before each place, and of all."""
     return torch.ops.fbgemm.asynchronous_complete_cumsum(values.to(torch.int64))
+
+
+def count_before(chosen: Tensor) -> Tensor:
+    """int32 [n + 1], how many are chosen before each place, and in all; from bool [n]."""
+    return torch.ops.fbgemm.asynchronous_complete_cumsum(chosen.to(torch.int32))
 
 
 @torch.fx.wrap

@@ -33,7 +33,7 @@ class MemoryAllocation:
 
     Its tensors, each where it is needed:
 
-    * `owners.<k>.words`: int64, `RankBitmap` of who has an own row on level k, among the positions of level k - 1: its
+    * `owners.<k>.words`: int32, `RankBitmap` of who has an own row on level k, among the positions of level k - 1: its
       own rows, or for level 0 all ids of the vocabularies one table after another. A member's rank is its own row.
       Without it all positions are owners, or if the level has no own row, none.
     * `owners.0.low`, `owners.0.starts`: int32, `IdIndex` of raw ids in place of the bitmap of level 0.
@@ -58,7 +58,7 @@ class MemoryAllocation:
     @property
     def nbytes(self) -> int:
         """Bytes that a process holds beside the weights: the tensors, and a bitmap's ranks, which follow from it."""
-        ranks = sum(t.numel() * 4 for name, t in self.tensors.items() if name.endswith(".words"))
+        ranks = sum(t.nbytes for name, t in self.tensors.items() if name.endswith(".words"))
         return sum(tensor.nbytes for tensor in self.tensors.values()) + ranks
 
     def level_name(self, level: int) -> str:

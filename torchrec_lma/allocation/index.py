@@ -71,18 +71,18 @@ class IdIndex(nn.Module):
         Args:
             keys: int64 [L], outputs of `mix64`.
         Returns:
-            int64 [L], positions in the order of `low`, -1 where the key is not in the index.
+            int32 [L], positions in the order of `low`, -1 where the key is not in the index.
         """
         bucket = (keys >> self.shift) & self.bucket_mask
         wanted = keys & 0xFFFFFFFF
-        wanted = wanted - ((wanted >> 31) << 32)
-        first = self.starts[bucket].to(torch.int64)
-        end = self.starts[bucket + 1].to(torch.int64)
+        wanted = (wanted - ((wanted >> 31) << 32)).to(torch.int32)
+        first = self.starts.index_select(0, bucket)
+        end = self.starts.index_select(0, bucket + 1)
         after = end
         for _ in range(self.steps):  # binary search for the first entry >= wanted in [first, end)
-            middle = (first + after) >> 1
-            less = (self.low[middle.clamp(max=self.last)] < wanted) & (first < after)
+            middle = first + ((after - first) >> 1)
+            less = (self.low.index_select(0, middle.clamp(max=self.last)) < wanted) & (first < after)
             first = torch.where(less, middle + 1, first)
             after = torch.where(less, after, middle)
-        found = (first < end) & (self.low[first.clamp(max=self.last)] == wanted)
-        return torch.where(found, first, torch.full_like(first, -1))
+        found = (first < end) & (self.low.index_select(0, first.clamp(max=self.last)) == wanted)
+        return torch.where(found, first, -1)

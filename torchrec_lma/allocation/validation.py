@@ -75,10 +75,10 @@ def check_memory(
 
 
 def _check_bitmap(name: str, of: str, members: int, n: int, left: dict[str, Tensor]) -> None:
-    words = _take(name, f"{of}.words", torch.int64, 1, left)
-    _require(words.numel() == -(-n // 64), f"{of}.words of {name!r} has {words.numel()} words for {n} ids")
+    words = _take(name, f"{of}.words", torch.int32, 1, left)
+    _require(words.numel() == -(-n // 32), f"{of}.words of {name!r} has {words.numel()} words for {n} ids")
     counted = int(popcount(words).sum())
-    beyond = n % 64 and int(popcount(words[-1:] & (-1 << n % 64)))
+    beyond = n % 32 and int(popcount(words[-1:] & (-1 << n % 32)))
     _require(
         counted == members and not beyond,
         f"{of}.words of {name!r} has {counted} members of {n}, {beyond} of them beyond; expected {members}",
