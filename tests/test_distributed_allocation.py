@@ -28,6 +28,7 @@ TABLES = [
     for name in ("user", "item", "tag")
 ]
 SOURCES = {"user": RowsMinHash(max_rows=200), "item": ContextMinHash(weighted=True, max_rows=150), "tag": SimHash()}
+CONFIG = LMAConfig(compression=60, raw_ids=("item",))
 ROWS = 500
 
 
@@ -35,7 +36,7 @@ def builder_of(rank: int, world_size: int, max_ids: int) -> AllocationBuilder:
     """The builder that saw every world_size-th of the rows and of the vectors."""
     random = np.random.default_rng(0)
     ids = np.stack([random.zipf(1.3, ROWS) % most for most in (300, 50, 9)])[:, rank::world_size]
-    builder = AllocationBuilder(TABLES, LMAConfig(compression=2), SOURCES, max_ids=max_ids)
+    builder = AllocationBuilder(TABLES, CONFIG, SOURCES, max_ids=max_ids, signature_fraction=0.5)
     for part in np.array_split(ids, 3, axis=1):
         values = torch.from_numpy(part.reshape(-1))
         builder.update(
@@ -98,21 +99,8 @@ def clicks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def arguments(clicks: Path, out: Path, *more: str) -> list[str]:
     columns = ["--label", "click", "--categorical", "user", "item", "day"]
-    sources = ["--source-of", "item=context-minhash", "day=none", "--context", "user", "--weighted"]
-    return [
-        "allocate",
-        "--data",
-        str(clicks),
-        *columns,
-        "--dim",
-        "8",
-        "--compression",
-        "2",
-        *sources,
-        "--out",
-        str(out),
-        *more,
-    ]
+    size = ["--dim", "8", "--compression", "20", "--source", "context-minhash"]
+    return ["allocate", "--data", str(clicks), *columns, *size, "--out", str(out), *more]
 
 
 def test_labels_are_neither_needed_nor_read(clicks: Path, tmp_path: Path) -> None:
@@ -137,27 +125,42 @@ def test_labels_are_neither_needed_nor_read(clicks: Path, tmp_path: Path) -> Non
         assert Allocation.load(tmp_path / "a").fingerprint == expected
 
 
-def test_a_context_that_no_source_looks_at_is_refused(
-    clicks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert torchrec_lma(arguments(clicks, tmp_path / "a", "--source-of", "item=rows-minhash")) == 2
-    assert re.search("--context user is for .*context-minhash.*none", capsys.readouterr().err)
+def test_ids_are_those_of_a_vocabulary_unless_they_are_raw(clicks: Path, tmp_path: Path) -> None:
+    frame = pd.concat([pd.read_parquet(part) for part in sorted(clicks.iterdir())])
+    for options, raw_ids, sizes in (
+        ([], False, None),
+        (["--raw-ids"], True, None),
+        (["--num-embeddings", "700"], True, {"user": 700, "item": 700, "day": 700}),
+    ):
+        assert torchrec_lma(arguments(clicks, tmp_path / "a", *options)) == 0
+        allocation = Allocation.load(tmp_path / "a")
+        assert {spec.raw_ids for spec in allocation.tables} == {raw_ids}
+        for spec in allocation.tables:
+            seen = allocation.provenance["ids"][spec.name]["seen"]
+            column = spec.name.removeprefix("t_")
+            assert 0.9 * frame[column].nunique() <= seen <= frame[column].nunique()  # a part is not for training
+            assert spec.num_embeddings == (sizes[column] if sizes else seen + 1)  # and one that stands for the others
+            assert allocation.provenance["ids"][spec.name].get("out_of_vocabulary", 0) == 0
 
 
 def test_the_command_warns_of_signatures_that_share_nothing(
     clicks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["--within-table", "--dedicated-fraction", "0"]  # a row has one user and one day
-    assert torchrec_lma(arguments(clicks, tmp_path / "a", *options)) == 0
+    """Every user comes with items of his own: no two users are alike. An item is in one row, too few to be compared."""
+    ids = np.arange(600)
+    pd.DataFrame({"user": ids % 200, "item": ids + 10_000}).to_parquet(tmp_path / "data.parquet")
+    options = ["--categorical", "user", "item", "--dim", "8", "--compression", "200", "--num-embeddings", "4000"]
+    command = ["allocate", "--data", str(tmp_path / "data.parquet"), *options, "--out", str(tmp_path / "a")]
+    assert torchrec_lma([*command, "--source", "context-minhash"]) == 0
     (memory,) = Allocation.load(tmp_path / "a").memories
     warned = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
     assert len(warned) == 1
     found = re.fullmatch(
-        r"  warning: t_user: no two signatures agree in any value; these signatures share no memory; "
-        r"--source-of user=none saves ([\d,]+) bytes",
+        r"  warning: t_user: no two signatures agree in any value; these signatures share no rows and take ([\d,]+) "
+        r"bytes; give another --source or none",
         warned[0],
     )
-    assert found and 0 < int(found[1].replace(",", "")) < memory.nbytes
+    assert found and 0 < int(found[1].replace(",", "")) == memory.tensors["signatures"].nbytes
 
 
 @pytest.mark.parametrize("folder", ["file", "file/below", "/proc/self"])
@@ -195,29 +198,11 @@ def torchrun(world_size: int, command: list[str]) -> subprocess.Popen[str]:
     )
 
 
-def test_the_command_takes_a_source_for_each_column(clicks: Path, tmp_path: Path) -> None:
-    assert torchrec_lma(arguments(clicks, tmp_path / "a", "--max-ids", "100", "--max-rows", "500")) == 0
-    provenance = Allocation.load(tmp_path / "a").provenance
-    assert provenance["frequency"] == "sketched"
-    by_table = provenance["source"]["tables"]
-    assert by_table["t_user"]["name"] == "rows-minhash" and by_table["t_user"]["weighted"]
-    assert by_table["t_item"]["name"] == "context-minhash" and by_table["t_item"]["fields"] == ["t_user"]
-    assert by_table["t_day"] is None
-
-
-@pytest.mark.parametrize("wrong", ["item", "color=none", "item=minhash"])
-def test_a_wrong_source_of_a_column_is_refused(
-    clicks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], wrong: str
-) -> None:
-    assert torchrec_lma(arguments(clicks, tmp_path / "a", "--source-of", wrong)) == 2
-    assert re.search(f"--source-of '{wrong}'.*user.*rows-minhash", capsys.readouterr().err)
-    assert not (tmp_path / "a").exists()
-
-
 @pytest.mark.slow
-def test_workers_of_torchrun_write_the_file_of_one_process(clicks: Path, tmp_path: Path) -> None:
-    assert torchrec_lma(arguments(clicks, tmp_path / "one")) == 0
-    process = torchrun(3, arguments(clicks, tmp_path / "three"))
+@pytest.mark.parametrize("options", [[], ["--raw-ids"], ["--num-embeddings", "700"]], ids=" ".join)
+def test_workers_of_torchrun_write_the_file_of_one_process(clicks: Path, tmp_path: Path, options: list[str]) -> None:
+    assert torchrec_lma(arguments(clicks, tmp_path / "one", *options)) == 0
+    process = torchrun(3, arguments(clicks, tmp_path / "three", *options))
     output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors[-3000:]
     one, three = Allocation.load(tmp_path / "one"), Allocation.load(tmp_path / "three")
