@@ -357,7 +357,7 @@ def test_sigterm_saves_and_says_run_me_again(clicks: Path, tmp_path: Path) -> No
 @pytest.fixture(scope="module")
 def undisturbed(clicks: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    done = start(clicks, folder, "--keep", "9")
+    done = start(clicks, folder, "--keep", "20")
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
@@ -413,7 +413,7 @@ def test_a_rank_killed_during_a_save_leaves_nothing_half_written(
     clicks: Path, tmp_path: Path, undisturbed: Path, file: str
 ) -> None:
     fault = Fault(signal.SIGKILL, rank=0, step=0, file=file, save=2, done=str(tmp_path / "done"))
-    done = start(clicks, tmp_path / "run", "--keep", "9", restarts=1, fault=fault)
+    done = start(clicks, tmp_path / "run", "--keep", "20", restarts=1, fault=fault)
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"going on from {tmp_path / 'run' / 'step-00000007'}" in done.stdout
     steps = sorted({*range(EVERY, 2 * STEPS, EVERY), *EVALUATIONS, *(STEPS + step for step in EVALUATIONS)})
