@@ -13,6 +13,7 @@ ratios to full tables.
 
 import argparse
 import gc
+import itertools
 import json
 import os
 import statistics
@@ -265,7 +266,7 @@ def time_step(found: list[Method], workload: Workload, repeats: int, warm_up: in
 
 
 def _on_rank(rank: int, world_size: int, store: str, allocations: str, job: dict[str, Any], results: str) -> None:
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
+    torch.set_num_threads(job["threads"] or max(1, (os.cpu_count() or 1) // world_size))
     os.environ |= {"LOCAL_WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank), "RANK": str(rank)}
     os.environ["WORLD_SIZE"] = str(world_size)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
@@ -292,6 +293,7 @@ def measure(workload: Workload, allocations: dict[str, Allocation], world_size: 
             "with_others": args.with_others,
             "repeats": args.repeats,
             "warm_up": args.warm_up,
+            "threads": args.threads,
         }
         results = f"{folder}/results.json"
         mp.spawn(_on_rank, (world_size, f"{folder}/store", folder, job, results), nprocs=world_size)
@@ -353,6 +355,10 @@ def main() -> None:
     parser.add_argument(
         "--data-type", nargs="+", default=["FP16"], help="of LMA weights; the default is that of LMAConfig"
     )
+    parser.add_argument(
+        "--widths", nargs="+", default=["default"], help="of LMA levels, such as 8,56; the default is that of LMAConfig"
+    )
+    parser.add_argument("--threads", type=int, help="of each rank (default: the cores, shared by the ranks)")
     parser.add_argument("--raw-ids", action="store_true", help="also LMA tables of raw ids")
     parser.add_argument("--no-others", dest="with_others", action="store_false", help="only full and LMA tables")
     parser.add_argument("--repeats", type=int, default=20)
@@ -364,11 +370,11 @@ def main() -> None:
         for pooling in args.pooling:
             workload = Workload(WORKLOADS[name], pooling, args.batch_size // (4 if pooling > 1 else 1))
             allocations = {}
-            for data_type in args.data_type:
-                for raw_ids in (False, True) if args.raw_ids else (False,):
-                    config = LMAConfig(compression=COMPRESSION, data_type=data_type, raw_ids=raw_ids)
-                    label = f"LMA {data_type}{', raw ids' if raw_ids else ''}"
-                    allocations[label] = build(workload, config)
+            for data_type, widths, raw_ids in itertools.product(args.data_type, args.widths, {False, args.raw_ids}):
+                chosen = None if widths == "default" else tuple(map(int, widths.split(",")))
+                config = LMAConfig(compression=COMPRESSION, data_type=data_type, widths=chosen, raw_ids=raw_ids)
+                label = " ".join(["LMA", data_type, *([widths] if chosen else []), *(["raw ids"] if raw_ids else [])])
+                allocations[label] = build(workload, config)
             for world_size in args.world_size:
                 rows = measure(workload, allocations, world_size, args)
                 records.append({"workload": name, "pooling": pooling, "world_size": world_size, "rows": rows})
