@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_lma import Allocation, AllocationBuilder, LMAConfig, LMAEmbeddingBagCollection
-from torchrec_lma.allocation import SimHash
 from torchrec_lma.inspection import inspect
 
 CONFIG = LMAConfig(compression=16)
@@ -35,48 +35,57 @@ def tables(ids: int, dim: int) -> list[EmbeddingBagConfig]:
     ]
 
 
+def allocation(ids: int, dim: int) -> Allocation:
+    """Every id occurs, the smaller numbers more often."""
+    builder = AllocationBuilder(tables(ids, dim), CONFIG, whole_fraction=0.0)
+    for start in range(0, ids // 4, 1 << 16):
+        these = torch.arange(start, min(ids // 4, start + (1 << 16)))
+        again = these[torch.rand(these.numel()) < 1000 / (1 + these)]
+        of_table = torch.cat([these, again])
+        builder.update(
+            KeyedJaggedTensor(
+                keys=[f"f{i}" for i in range(4)],
+                values=of_table.repeat(4),
+                lengths=torch.ones(4 * of_table.numel(), dtype=torch.int32),
+            )
+        )
+    return builder.build()
+
+
 def compress(args: argparse.Namespace) -> tuple[int, Callable[[], object]]:
+    made_with = in_a_process_of_its_own(args)
     full = EmbeddingBagCollection(tables(args.ids, args.dim))
     full_bytes = sum(weight.nbytes for weight in full.parameters())
-    return full_bytes, lambda: LMAEmbeddingBagCollection.from_embedding_bag_collection(full, CONFIG)
+    return full_bytes, lambda: LMAEmbeddingBagCollection.from_embedding_bag_collection(full, made_with)
 
 
 def leave(args: argparse.Namespace) -> tuple[int, Callable[[], object]]:
-    lma = LMAEmbeddingBagCollection(tables(args.ids, args.dim), CONFIG)
+    lma = LMAEmbeddingBagCollection(tables(args.ids, args.dim), in_a_process_of_its_own(args))
     return lma.memory_report().full_bytes, lma.to_embedding_bag_collection
 
 
 def inspect_file(args: argparse.Namespace) -> tuple[int, Callable[[], object]]:
-    """Each id has a signature; the file is made in a process of its own, whose peak does not count."""
-    folder = tempfile.TemporaryDirectory()
-    path = Path(folder.name) / "allocation.safetensors"
-    process = torch.multiprocessing.get_context("spawn").Process(
-        target=write_allocation, args=(args.ids, args.dim, str(path))
-    )
-    process.start()
-    process.join()
-    if process.exitcode:
-        raise SystemExit(process.exitcode)
+    made_with = in_a_process_of_its_own(args)
+    return made_with.nbytes, lambda: print(inspect(made_with), "\n")
 
-    def run() -> None:
-        with folder:
-            print(inspect(Allocation.load(path)), "\n")
 
-    return path.stat().st_size, run
+def in_a_process_of_its_own(args: argparse.Namespace) -> Allocation:
+    """The allocation, built where its builder's peak does not count."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "allocation.safetensors"
+        process = torch.multiprocessing.get_context("spawn").Process(
+            target=write_allocation, args=(args.ids, args.dim, str(path))
+        )
+        process.start()
+        process.join()
+        if process.exitcode:
+            raise SystemExit(process.exitcode)
+        return Allocation.load(path)
 
 
 def write_allocation(ids: int, dim: int, path: str) -> None:
-    builder = AllocationBuilder(
-        tables(ids, dim),
-        LMAConfig(memory_bytes=64 * ids),
-        {f"t{i}": SimHash() for i in range(4)},
-        dedicated_fraction=0.0,
-        signature_fraction=0.5,
-    )
-    for i in range(4):
-        torch.manual_seed(i)
-        builder.add_vectors(f"t{i}", torch.arange(ids // 4), torch.randn(ids // 4, 8))
-    builder.build().save(path)
+    torch.manual_seed(0)
+    allocation(ids, dim).save(path)
 
 
 def main() -> None:

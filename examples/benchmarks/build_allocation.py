@@ -22,7 +22,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from tqdm import tqdm
 
 from torchrec_lma import AllocationBuilder, LMAConfig
-from torchrec_lma.allocation import ContextMinHash, RowsMinHash
+from torchrec_lma.allocation import ContextMinHash, RowsMinHash, Source
 
 
 def zipf_ids(random: np.random.Generator, ids: int, exponent: float, size: int) -> np.ndarray:
@@ -56,7 +56,8 @@ def main() -> None:
     parser.add_argument("--batch-rows", type=int, default=8192)
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--compression", type=float, default=16)
-    parser.add_argument("--source", choices=("rows-minhash", "context-minhash"), default="rows-minhash")
+    parser.add_argument("--raw-ids", action="store_true", help="an index of ids in place of bitmaps of vocabularies")
+    parser.add_argument("--source", choices=("none", "rows-minhash", "context-minhash"), default="none")
     parser.add_argument("--num-values", type=int, default=4, help="K (default: %(default)s)")
     parser.add_argument("--power", type=int, default=2)
     parser.add_argument("--max-rows", type=int, default=RowsMinHash.max_rows, help="sampled (default: %(default)s)")
@@ -71,9 +72,14 @@ def main() -> None:
         EmbeddingBagConfig(name=name, num_embeddings=args.ids, embedding_dim=args.dim, feature_names=[name])
         for name in names
     ]
-    kind = {"rows-minhash": RowsMinHash, "context-minhash": ContextMinHash}[args.source]
-    source = kind(power=args.power, num_values=args.num_values, max_rows=args.max_rows)
-    builder = AllocationBuilder(tables, LMAConfig(compression=args.compression), source, max_ids=args.max_ids)
+    settings = {"power": args.power, "num_values": args.num_values, "max_rows": args.max_rows}
+    sources: dict[str, Source | None] = {
+        "none": None,
+        "rows-minhash": RowsMinHash(**settings),
+        "context-minhash": ContextMinHash(**settings),
+    }
+    config = LMAConfig(compression=args.compression, raw_ids=args.raw_ids)
+    builder = AllocationBuilder(tables, config, sources[args.source], max_ids=args.max_ids)
     before_bytes = peak_bytes()
     occurrences, update_seconds, update_cpu_seconds = 0, 0.0, 0.0
     for batch in tqdm(batches(args, names), unit="batch", disable=None):
@@ -88,9 +94,7 @@ def main() -> None:
     build_seconds, build_cpu_seconds = time.perf_counter() - started, time.thread_time() - cpu_started
 
     (memory,) = allocation.memories
-    with_signature = memory.signatures.size(0)
-    signature_bytes = memory.signatures.nbytes + memory.signature_low.nbytes + memory.signature_starts.nbytes
-    kinds = next(iter(allocation.provenance["ids"].values())).values()
+    ids = allocation.provenance["ids"].values()
     record = {
         "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
         "occurrences": occurrences,
@@ -106,8 +110,9 @@ def main() -> None:
         "frequency": allocation.provenance["frequency"],
         "rows_seen": allocation.provenance["rows_seen"],
         "rows_sampled": allocation.provenance["rows_sampled"],
-        **{what: sum(one[what] for one in kinds) for what in ("seen", "dedicated", "with_signature")},
-        "signature_bytes_per_id": signature_bytes / with_signature if with_signature else None,
+        **{what: sum(one[what] for one in ids) for what in ("seen", "with_signature")},
+        "levels": [asdict(level) for level in memory.levels],
+        "allocation_bytes": allocation.nbytes,
         "config": asdict(allocation.config),
         "fingerprint": allocation.fingerprint,
     }
@@ -116,8 +121,10 @@ def main() -> None:
         f"update {update_seconds:.1f} s ({update_cpu_seconds:.1f} s of CPU), build {build_seconds:.1f} s "
         f"({build_cpu_seconds:.1f} s of CPU): {record['occurrences_per_second']:,.0f} occurrences/s, "
         f"{record['occurrences_per_cpu_second']:,.0f} a second of CPU\n"
-        f"peak memory {record['peak_bytes'] / 2**30:.2f} GiB ({before_bytes / 2**30:.2f} before the first row), "
-        f"{with_signature:,} ids with a signature at {record['signature_bytes_per_id'] or 0:.2f} bytes"
+        f"peak memory {record['peak_bytes'] / 2**30:.2f} GiB ({before_bytes / 2**30:.2f} before the first row)\n"
+        f"own rows of columns: {', '.join(f'{level.own_rows:,} of {level.width}' for level in memory.levels)}; "
+        f"{memory.levels[0].shared_rows:,} shared; {record['with_signature']:,} ids with a signature; allocation "
+        f"{allocation.nbytes / 2**20:.1f} MiB"
     )
     if args.json is not None:
         temporary = args.json.with_name(f".{args.json.name}.tmp")
