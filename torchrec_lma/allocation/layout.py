@@ -114,14 +114,16 @@ def padding_bytes(widths: Sequence[int], value_bytes: int) -> int:
 
 
 def default_widths(dim: int, first: int) -> tuple[int, ...]:
-    """Level widths that add up to `dim`: `first`, then each as wide as all before it; the last takes what is left.
+    """Level widths that add up to `dim`: from `first` on four times the columns with each, below 4 columns twice.
 
-    Of 64 columns from 4: 4, 4, 8, 16, 32. All are widths that a kernel takes.
+    Of 64 columns from 4: 4, 12, 48; from 1: 1, 1, 2, 12, 48. All are widths that a kernel takes. A level more is a
+    look-up more for the ids that have it.
     """
     widths: list[int] = []
     left = dim
     while left:
-        width = min(first if not widths else sum(widths), left)
+        before = sum(widths)
+        width = min(first if not before else before if before < KERNEL_WIDTH else 3 * before, left)
         if width > KERNEL_WIDTH:
             width -= width % KERNEL_WIDTH
         elif width == 3:
