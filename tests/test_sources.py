@@ -391,8 +391,8 @@ ONE_VECTOR = {"item": (torch.tensor([5]), torch.ones(1, 3))}
 def test_rows_tell_which_ids_with_vectors_are_frequent() -> None:
     ids = torch.arange(50)
     vectors = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
-    # One own row of 64 bytes beside a bitmap of 18,756, as much for ten signatures, 8 shared rows.
-    own, signed, shared = 64 + 18_756, 10 * 4 + 18_756, 8 * 64
+    # One own row of 64 bytes beside a bitmap of 25,000, as much for ten signatures, 8 shared rows.
+    own, signed, shared = 64 + 25_000, 10 * 4 + 25_000, 8 * 64
     config = LMAConfig(memory_bytes=own + signed + shared, widths=(32,))
     builder = AllocationBuilder.from_vectors(
         TABLES,

@@ -323,9 +323,11 @@ class AllocationBuilder:
                 record[table.name]["out_of_vocabulary"] = int(beyond.sum())
             ids, positions = ids.select(inside), positions[inside]
             n_positions = sum(table.num_embeddings for table in tables)
-        # Descending frequency; ids of equal frequency in the order of their keys, which no input order changes.
-        by_key = torch.sort(ids.keys, stable=True).indices
-        by_frequency = by_key[torch.sort(ids.count[by_key], descending=True, stable=True).indices]
+        # Descending frequency; ids of equal frequency in an order that no input order changes. Of vocabularies that is
+        # their value, so that one sorted by frequency stays in order; of raw ids the order of their keys.
+        tie = ids.keys if positions is None else self._values(ids)
+        by_tie = torch.sort(tie, stable=True).indices
+        by_frequency = by_tie[torch.sort(ids.count[by_tie], descending=True, stable=True).indices]
         seen = by_frequency[ids.count[by_frequency] > 0]
 
         levels, signature_bytes = choose_levels(
@@ -399,14 +401,19 @@ class AllocationBuilder:
     def _positions(self, ids: "_Ids", tables: Sequence[TableSpec]) -> Tensor:
         """int64 [V], places of ids among those of all vocabularies, one table after another; -1 for ids outside."""
         positions = torch.full_like(ids.keys, -1)
-        first = 0
+        first, all_values = 0, self._values(ids)
         for table in tables:
             here = (ids.table == self._table_names.index(table.name)).nonzero().squeeze(1)
-            values = unmix64(ids.keys[here]) ^ self._salts[table.name]
+            values = all_values[here]
             inside = (values >= 0) & (values < table.num_embeddings)
             positions[here[inside]] = values[inside] + first
             first += table.num_embeddings
         return positions
+
+    def _values(self, ids: "_Ids") -> Tensor:
+        """int64 [V], the ids themselves."""
+        salts = torch.tensor([self._salts[name] for name in self._table_names])
+        return unmix64(ids.keys) ^ salts[ids.table.long()]
 
     def _signature_bytes(self, ids: "_Ids", n_positions: int | None, budget: int) -> int:
         """What to keep for signatures: their share of the budget, or what all that there can be would take."""
