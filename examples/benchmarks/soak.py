@@ -172,21 +172,14 @@ def compare(mine: Path, theirs: Path) -> tuple[int, list[str]]:
 
 def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint's model and optimizer, read on one process."""
-    found: dict[str, torch.Tensor] = {}
-
-    def walk(prefix: str, value: Any) -> None:
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                walk(f"{prefix}/{key}", inner)
-        elif isinstance(value, torch.Tensor):
-            found[prefix] = value
-
     with tempfile.TemporaryDirectory() as folder:
         dcp_to_torch_save(checkpoint, Path(folder) / "whole.pt")
         state = torch.load(Path(folder) / "whole.pt", weights_only=False)
-    walk("model", state["model"])
-    walk("optimizer", state["optimizer"])
-    return found
+    return {
+        name: value
+        for name, value in state.items()
+        if isinstance(value, torch.Tensor) and name.startswith(("model.", "optimizer."))
+    }
 
 
 def drifts(run: Run, warm_up: float) -> dict[str, dict[str, float | None]]:

@@ -113,7 +113,7 @@ class Checkpoints:
             writing.mkdir(parents=True)
         dist.barrier()
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "random": _random_state()}
-        dcp.save(state, checkpoint_id=writing)
+        dcp.save(_flat(state), checkpoint_id=writing)
         if _rank() == 0:
             _write_json(writing / PROGRESS, progress)
             _write_json(writing / SETTINGS, settings)
@@ -144,7 +144,9 @@ class Checkpoints:
         saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
         random = {name: state for name, state in _random_state().items() if f"random.{name}" in saved}
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "random": random}
-        dcp.load(state, checkpoint_id=path)
+        flat = _flat(state)
+        dcp.load(flat, checkpoint_id=path)
+        _set_leaves(state, flat)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         _set_random_state(random)
@@ -224,6 +226,27 @@ def _sync(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _flat(state: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The leaves of nested dicts, by the keys that torch.distributed.checkpoint itself gives them.
+
+    Given nested ones, it takes a checkpoint for one of before torch 2.4 where this rank lacks a key that others have,
+    such as the optimizer state of a table on another rank, and then wants keys for empty dicts, which nobody has.
+    """
+    leaves = {}
+    for name, value in state.items():
+        leaves |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return leaves
+
+
+def _set_leaves(state: dict[str, Any], leaves: dict[str, Any], prefix: str = "") -> None:
+    """Puts what `_flat` gave, and what was loaded into it, back."""
+    for name, value in state.items():
+        if isinstance(value, dict):
+            _set_leaves(value, leaves, f"{prefix}{name}.")
+        else:
+            state[name] = leaves[f"{prefix}{name}"]
 
 
 def _random_state() -> dict[str, torch.Tensor]:
