@@ -2,7 +2,8 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,9 +12,10 @@ import torchrec
 from torch import Tensor, nn
 from torchrec import EmbeddingBagConfig, KeyedJaggedTensor, PoolingType
 from torchrec.datasets.utils import Batch
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs_registry
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
 from torchrec.distributed.sharding_plan import (
     column_wise,
     construct_module_sharding_plan,
@@ -23,7 +25,13 @@ from torchrec.distributed.sharding_plan import (
     table_wise,
 )
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
-from torchrec.distributed.types import ParameterSharding, ShardedTensor, ShardingPlan
+from torchrec.distributed.types import (
+    EnumerableShardingSpec,
+    ParameterSharding,
+    ShardedTensor,
+    ShardingPlan,
+    ShardMetadata,
+)
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
@@ -36,13 +44,14 @@ from torchrec_lma import (
     LMAEmbeddingBagCollectionSharder,
     get_default_sharders,
 )
+from torchrec_lma.distributed import level_constraints
 
 # A memory of dim 16 for `a` and `b`, whose ids are vocabularies, one of dim 8 for the raw ids of `c`, and `d`, a whole
-# table. f0 feeds two tables.
-TABLES = {"a": (300, 16, ["f0", "f2"]), "b": (200, 16, ["f1", "f0"]), "c": (200, 8, ["f3"]), "d": (5, 16, ["f4"])}
+# table. f0 feeds two tables. Some levels are packed, and each has a row for every one of 4 ranks.
+TABLES = {"a": (300, 16, ["f0", "f2"]), "b": (200, 16, ["f1", "f0"]), "c": (600, 8, ["f3"]), "d": (9, 16, ["f4"])}
 FEATURES = ["f0", "f1", "f2", "f3", "f4"]
 SLOTS = {"f0@a": "a", "f2": "a", "f1": "b", "f0@b": "b", "f3": "c", "f4": "d"}  # keys of the output, and their tables
-CONFIG = LMAConfig(compression=4, data_type="FP32", raw_ids=("c",))
+CONFIG = LMAConfig(compression=3.5, widths={16: (2, 2, 4, 8), 8: (2, 2, 4)}, data_type="FP32", skew=0.5, raw_ids=("c",))
 BATCH = 6
 LR = 0.1
 EPS = 1e-8  # FBGEMM's default
@@ -74,11 +83,12 @@ def features(seed: int, weighted: bool = False, batch: int = BATCH) -> KeyedJagg
     lengths = torch.randint(0, 4, (1 + len(FEATURES), batch), generator=generator)
     values = []
     for feature, n in zip(["ignored", *FEATURES], lengths.sum(1).tolist()):
-        size = 7 if feature == "f4" else 220
-        ids = (size * torch.rand(n, generator=generator) ** 3).long()
         if feature == "f3":
-            rare = torch.rand(n, generator=generator) < 0.3
-            ids = torch.where(rare, torch.randint(-(2**62), 2**62, (n,), generator=generator), ids * 7919 - 50)
+            frequent = (80 * torch.rand(n, generator=generator)).long() * 7919 - 50
+            rare = torch.randint(-(2**62), 2**62, (n,), generator=generator)
+            ids = torch.where(torch.rand(n, generator=generator) < 0.15, rare, frequent)
+        else:
+            ids = ((11 if feature == "f4" else 220) * torch.rand(n, generator=generator) ** 3).long()
         values.append(ids)
     weights = torch.rand(int(lengths.sum()), generator=generator) if weighted else None
     return KeyedJaggedTensor(
@@ -121,12 +131,13 @@ def batch(step: int, rank: int, weighted: bool = False, vbe: str = "no") -> Batc
     )
 
 
-def build_allocation(seed: int = 0) -> Allocation:
-    builder = AllocationBuilder(tables(), dataclasses.replace(CONFIG, seed=seed))
+def build_allocation(seed: int = 0, config: LMAConfig = CONFIG) -> Allocation:
+    builder = AllocationBuilder(tables(), dataclasses.replace(config, seed=seed))
     for i in range(20):
         builder.update(features(1000 + i, batch=32))
     allocation = builder.build()
     assert allocation.whole == ("d",) and len(allocation.memories) == 2
+    assert {level.pack for memory in allocation.memories for level in memory.levels} > {1}
     return allocation
 
 
@@ -146,7 +157,9 @@ class Model(nn.Module):
 def level_shapes(allocation: Allocation) -> dict[str, torch.Size]:
     """Of the TorchRec tables, in order."""
     ebc = LMAEmbeddingBagCollection(tables(), allocation, device=META)
-    return {config.name: ebc.levels.embedding_bags[config.name].weight.shape for config in ebc.levels.embedding_bag_configs()}
+    return {
+        table.name: ebc.levels.embedding_bags[table.name].weight.shape for table in ebc.levels.embedding_bag_configs()
+    }
 
 
 def weight_name(table: str) -> str:
@@ -213,15 +226,20 @@ class Reference(nn.Module):
         return (logits - batch.labels).pow(2).mean(), logits.detach()
 
 
-def optimizer_step(name: str, weight: Tensor, gradient: Tensor, state: dict[str, Tensor], lr: float = LR) -> None:
+def optimizer_step(
+    name: str, weight: Tensor, gradient: Tensor, state: dict[str, Tensor], lr: float = LR, column_shards: int = 1
+) -> None:
     if name == "sgd":
         weight -= lr * gradient
     elif name == "adagrad":
         state["sum"] = state.get("sum", torch.zeros_like(weight)) + gradient**2
         weight -= lr * gradient / (state["sum"].sqrt() + EPS)
     elif name == "rowwise_adagrad":
-        state["sum"] = state.get("sum", torch.zeros(weight.size(0))) + gradient.pow(2).mean(1)
-        weight -= lr * gradient / (state["sum"].sqrt() + EPS).unsqueeze(1)
+        # Of each column shard the rows have sums of their own: TorchRec's, for any table.
+        square = gradient.view(weight.size(0), column_shards, -1).pow(2).mean(2)
+        state["sum"] = state.get("sum", torch.zeros_like(square)) + square
+        columns = weight.size(1) // column_shards
+        weight -= lr * gradient / (state["sum"].sqrt() + EPS).repeat_interleave(columns, 1)
     elif name == "adam":  # torch.optim.Adam
         state["t"] = state.get("t", torch.zeros(())) + 1
         state["m"] = 0.9 * state.get("m", torch.zeros_like(weight)) + 0.1 * gradient
@@ -241,23 +259,36 @@ def train_reference(
     steps: int = 4,
     vbe: str = "no",
     then: Sequence[Batch] = (),
+    column_shards: Mapping[str, int] = {},
+    lr_of_step: Callable[[int], float] = lambda step: LR,
+    max_norm: float = float("inf"),
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Weights, and the optimizer's running sums by table, after training on the batches of all ranks together.
 
-    `then`: batches of more steps, which all ranks take alike.
+    Sums are [rows, dim], or [rows, column shards] of a row-wise optimizer.
+
+    Args:
+        then: batches of more steps, which all ranks take alike.
+        column_shards: of each table, 1 where it says nothing. Only a row-wise optimizer sees them.
+        max_norm: gradients are clipped to it, all together.
     """
     model = Reference(allocation, pooling)
     states: dict[str, dict[str, Tensor]] = {name: {} for name in model.weights}
     batches = [[batch(step, rank, weighted, vbe) for rank in range(world_size)] for step in range(steps)]
-    for of_ranks in [*batches, *([each] for each in then)]:
+    for step, of_ranks in enumerate([*batches, *([each] for each in then)]):
         model.zero_grad()
         losses = [model(of_rank)[0] for of_rank in of_ranks]
         (sum(losses) / len(losses)).backward()
+        lr = lr_of_step(step)
         with torch.no_grad():
+            parameters = [*model.weights.values(), *model.over.parameters()]
+            norm = torch.cat([parameter.grad.flatten() for parameter in parameters]).norm()
+            for parameter in parameters:
+                parameter.grad *= min(1.0, max_norm / float(norm))
             for name, weight in model.weights.items():
-                optimizer_step(optimizer, weight, weight.grad, states[name])
+                optimizer_step(optimizer, weight, weight.grad, states[name], lr, column_shards.get(name, 1))
             for parameter in model.over.parameters():
-                parameter -= LR * parameter.grad
+                parameter -= lr * parameter.grad
     weights = {weight_name(name): weight.detach() for name, weight in model.weights.items()}
     weights |= {f"over.{name}": p.detach() for name, p in model.over.named_parameters()}
     return weights, {name: state["sum"] for name, state in states.items() if "sum" in state}
@@ -271,6 +302,13 @@ OPTIMIZERS: dict[str, Any] = {
     "rowwise_adagrad": torchrec.optim.RowWiseAdagrad,
     "adam": torch.optim.Adam,
 }
+
+
+def options(optimizer: str) -> dict[str, float]:
+    """The dense RowWiseAdagrad, which data-parallel tables train with, has another default of eps than FBGEMM's."""
+    return {"lr": LR} | ({"eps": EPS} if "adagrad" in optimizer else {})
+
+
 TWO_HOSTS = {"table_row_wise", "table_column_wise", "grid_shard"}
 
 
@@ -278,26 +316,55 @@ def ranks_for(sharding: str) -> dict[str, int]:
     return {"world_size": 4, "local_world_size": 2} if sharding in TWO_HOSTS else {"world_size": 2}
 
 
+def column_shards(width: int, most: int) -> int:
+    """FBGEMM takes rows of a multiple of 4 columns."""
+    return max(1, min(most, width // 4))
+
+
 def table_column_wise(host: int, local_size: int, kernel: str) -> Callable[..., ParameterSharding]:
     """TorchRec has no plan generator for it: column-wise over the ranks of one host, under its own name."""
 
     def generate(param: nn.Parameter, *args: Any) -> ParameterSharding:
-        ranks = [host * local_size + i for i in range(min(local_size, param.size(1) // 4))]
+        ranks = [host * local_size + i for i in range(column_shards(param.size(1), local_size))]
         one = column_wise(ranks=ranks, compute_kernel=kernel)(param, *args)
         return dataclasses.replace(one, sharding_type="table_column_wise")
 
     return generate
 
 
-def plan_of(sharding: str, ebc: LMAEmbeddingBagCollection, kernel: str, fqn: str = "ebc") -> ShardingPlan:
-    """All tables sharded alike, starting from different ranks where the sharding has an owner."""
-    world_size = dist.get_world_size()
+def grid(local_size: int, world_size: int, kernel: str) -> Callable[..., ParameterSharding]:
+    """TorchRec's plan generator for grids cuts columns of 128: here each host has as many columns as the others."""
+
+    def generate(param: nn.Parameter, *args: Any) -> ParameterSharding:
+        hosts = column_shards(param.size(1), world_size // local_size)
+        rows, columns = -(-param.size(0) // local_size), param.size(1) // hosts
+        shards = [
+            ShardMetadata(
+                shard_offsets=[min(i * rows, param.size(0)), host * columns],
+                shard_sizes=[max(0, min(rows, param.size(0) - i * rows)), columns],
+                placement=f"rank:{host * local_size + i}/cpu",
+            )
+            for host in range(hosts)
+            for i in range(local_size)
+        ]
+        ranks = list(range(hosts * local_size))
+        return ParameterSharding("grid_shard", kernel, ranks, EnumerableShardingSpec(shards))
+
+    return generate
+
+
+def plan_of(sharding: str, ebc: nn.Module, kernel: str, world_size: int | None = None) -> ShardingPlan:
+    """All tables of a collection sharded alike, starting from different ranks where the sharding has an owner."""
+    world_size = world_size or dist.get_world_size()
     local_size = int(os.environ["LOCAL_WORLD_SIZE"])
     hosts = world_size // local_size
-    params = LMAEmbeddingBagCollectionSharder().shardable_parameters(ebc)
+    lma = isinstance(ebc, LMAEmbeddingBagCollection)
+    sharder: Any = LMAEmbeddingBagCollectionSharder() if lma else EmbeddingBagCollectionSharder()
+    params = sharder.shardable_parameters(ebc)
 
     def column_wise_of(i: int, width: int) -> Any:
-        return column_wise(ranks=[(i + j) % world_size for j in range(min(world_size, width // 4))], compute_kernel=kernel)
+        ranks = [(i + j) % world_size for j in range(column_shards(width, world_size))]
+        return column_wise(ranks=ranks, compute_kernel=kernel)
 
     generators: dict[str, Callable[[int, int], Any]] = {
         "table_wise": lambda i, w: table_wise(rank=i % world_size, compute_kernel=kernel),
@@ -306,14 +373,15 @@ def plan_of(sharding: str, ebc: LMAEmbeddingBagCollection, kernel: str, fqn: str
         "data_parallel": lambda i, w: data_parallel(),
         "table_row_wise": lambda i, w: table_row_wise(host_index=i % hosts),
         "table_column_wise": lambda i, w: table_column_wise(i % hosts, local_size, kernel),
+        "grid_shard": lambda i, w: grid(local_size, world_size, kernel),
         "mixed": lambda i, w: row_wise(compute_kernel=kernel) if i % 2 else column_wise_of(i, w),
     }
     return ShardingPlan(
         {
-            fqn: construct_module_sharding_plan(
+            "ebc": construct_module_sharding_plan(
                 ebc,
                 {name: generators[sharding](i, param.size(1)) for i, (name, param) in enumerate(params.items())},
-                sharder=LMAEmbeddingBagCollectionSharder(),
+                sharder=sharder,
                 local_size=local_size,
                 world_size=world_size,
                 device_type="cpu",
@@ -322,16 +390,13 @@ def plan_of(sharding: str, ebc: LMAEmbeddingBagCollection, kernel: str, fqn: str
     )
 
 
-def planned(model: nn.Module, sharding_types: list[str] | None, tables: Sequence[str]) -> ShardingPlan:
+def planned(model: nn.Module) -> ShardingPlan:
+    """TorchRec's own planner's."""
     topology = Topology(
-        world_size=dist.get_world_size(),
-        local_world_size=int(os.environ["LOCAL_WORLD_SIZE"]),
-        compute_device="cpu",
+        world_size=dist.get_world_size(), local_world_size=int(os.environ["LOCAL_WORLD_SIZE"]), compute_device="cpu"
     )
-    constraints = {name: ParameterConstraints(sharding_types=sharding_types, min_partition=4) for name in tables}
-    return EmbeddingShardingPlanner(topology=topology, constraints=constraints).collective_plan(
-        model, get_default_sharders(), dist.GroupMember.WORLD
-    )
+    planner = EmbeddingShardingPlanner(topology=topology, constraints=level_constraints(model))
+    return planner.collective_plan(model, get_default_sharders(), dist.GroupMember.WORLD)
 
 
 def build(
@@ -346,10 +411,9 @@ def build(
     model = Model(ebc)
     fused = sharding != "data_parallel" and not sharding.endswith("_dense")
     if fused:
-        apply_optimizer_in_backward(OPTIMIZERS[optimizer], ebc.parameters(), {"lr": LR})
-    if sharding in ("planner", "grid_shard"):  # TorchRec's plan generator for grids cuts columns of 128 only
-        types = ["grid_shard"] if sharding == "grid_shard" else None
-        plan = planned(model, types, list(level_shapes(allocation)))
+        apply_optimizer_in_backward(OPTIMIZERS[optimizer], ebc.parameters(), options(optimizer))
+    if sharding == "planner":
+        plan = planned(model)
     else:
         plan = plan_of(sharding.removesuffix("_dense"), ebc, "fused" if fused else "dense")
     registry = get_qcomm_codecs_registry(QCommsConfig(CommType(qcomm), CommType(qcomm)), device=CPU)
@@ -368,7 +432,7 @@ def optimizer_of(dmp: DistributedModelParallel, optimizer: str) -> CombinedOptim
         KeyedOptimizerWrapper(over, lambda p: torch.optim.SGD(p, lr=LR)),
     ]
     if levels:
-        optimizers.append(KeyedOptimizerWrapper(levels, lambda p: OPTIMIZERS[optimizer](p, lr=LR)))
+        optimizers.append(KeyedOptimizerWrapper(levels, lambda p: OPTIMIZERS[optimizer](p, **options(optimizer))))
     return CombinedOptimizer(optimizers)
 
 
@@ -388,6 +452,25 @@ def whole(state: dict[str, Any]) -> dict[str, Tensor]:
 Sums = dict[str, list[tuple[list[int], Tensor]]]
 
 
+@dataclass
+class Trained:
+    """What one rank has after training.
+
+    Attributes:
+        weights: whole, on rank 0.
+        sums: this rank's shards of the optimizer's running sums.
+        pipelined: names of the modules that TrainPipelineSparseDist pipelined.
+        types: sharding types of the tables that have one; a table not in it is data-parallel.
+        column_shards: of each table.
+    """
+
+    weights: dict[str, Tensor]
+    sums: Sums
+    pipelined: list[str]
+    types: dict[str, str]
+    column_shards: dict[str, int]
+
+
 def train_sharded(
     allocation: Allocation,
     sharding: str,
@@ -398,9 +481,8 @@ def train_sharded(
     pipeline: bool = False,
     vbe: str = "no",
     qcomm: str = "fp32",
-) -> tuple[dict[str, Tensor], Sums, list[str]]:
-    """The weights (on rank 0), this rank's shards of the optimizer's running sums, and the modules in the pipeline."""
-    dmp, optim, _ = build(allocation, sharding, optimizer, pooling, weighted, qcomm)
+) -> Trained:
+    dmp, optim, plan = build(allocation, sharding, optimizer, pooling, weighted, qcomm)
     batches = [batch(step, dist.get_rank(), weighted, vbe) for step in range(steps)]
     pipelined = train(dmp, optim, batches, pipeline)
     # Shard by shard: a table-wise state exists on its owner alone, and gathering is a collective.
@@ -410,7 +492,16 @@ def train_sharded(
         for key, value in states.items()
         if isinstance(value, ShardedTensor) and key.endswith("momentum1")
     }
-    return whole(dmp.state_dict()), sums, pipelined
+    specs = {name: one.sharding_spec for name, one in plan.plan["ebc"].items()}
+    return Trained(
+        weights=whole(dmp.state_dict()),
+        sums=sums,
+        pipelined=pipelined,
+        types={name: one.sharding_type for name, one in plan.plan["ebc"].items() if specs[name] is not None},
+        column_shards={
+            name: len({shard.shard_offsets[1] for shard in spec.shards}) for name, spec in specs.items() if spec
+        },
+    )
 
 
 def train(dmp: DistributedModelParallel, optim: CombinedOptimizer, batches: list[Batch], pipeline: bool) -> list[str]:
@@ -428,18 +519,20 @@ def train(dmp: DistributedModelParallel, optim: CombinedOptimizer, batches: list
     return [module.forward.name for module in train_pipeline._pipelined_modules]
 
 
-def assert_sums_close(shards_of_ranks: list[Sums], expected: dict[str, Tensor]) -> None:
-    """The ranks' shards together are the whole running sums of each table."""
+def assert_sums_close(ranks: Sequence[Trained], expected: dict[str, Tensor]) -> None:
+    """The ranks' shards together are the whole running sums of each table that is not data-parallel."""
     for table, sums in expected.items():
-        found = torch.full_like(sums, torch.nan)
-        for shards in shards_of_ranks:
-            for offsets, values in shards.get(weight_name(table), []):
-                if sums.dim() == 2:
-                    row, column = offsets
-                    found[row : row + values.size(0), column : column + values.size(1)] = values
-                else:
-                    found[offsets[0] : offsets[0] + values.size(0)] = values.flatten()
-        torch.testing.assert_close(found, sums, rtol=1e-4, atol=1e-6, msg=lambda m, t=table: f"{t}: {m}")
+        if table not in ranks[0].types:
+            continue
+        by_row = sums.dim() == 2 and sums.size(1) == ranks[0].column_shards[table]
+        # The rows of one column shard, then those of the next: how TorchRec lays row-wise state out.
+        expected_sums = sums.t().flatten() if by_row else sums
+        found = torch.full_like(expected_sums, torch.nan)
+        for of_rank in ranks:
+            for offsets, values in of_rank.sums.get(weight_name(table), []):
+                places = tuple(slice(start, start + size) for start, size in zip(offsets, values.size()))
+                found[places] = values
+        torch.testing.assert_close(found, expected_sums, rtol=1e-4, atol=1e-6, msg=lambda m, t=table: f"{t}: {m}")
 
 
 def assert_close(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

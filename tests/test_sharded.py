@@ -2,32 +2,24 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from ranks import run
-from torch import Tensor, nn
-from torchrec import DataType, KeyedJaggedTensor, PoolingType
-from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs_registry
-from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.sharding_plan import (
-    column_wise,
-    construct_module_sharding_plan,
-)
-from torchrec.distributed.types import ShardingEnv, ShardingPlan
-from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
-from training import (
-    CHUNK,
+from sharded_model import (
+    CONFIG,
     CPU,
-    DIMS,
-    FEATURES,
     LR,
-    MEMORIES,
+    META,
     OPTIMIZERS,
+    SLOTS,
+    TABLES,
     TWO_HOSTS,
     Model,
+    Reference,
     assert_close,
     assert_sums_close,
     batch,
@@ -35,41 +27,40 @@ from training import (
     build_allocation,
     features,
     initial_state,
+    level_shapes,
+    optimizer_of,
     plan_of,
     ranks_for,
     tables,
+    train,
     train_reference,
     train_sharded,
-    vbe_features,
+    weight_name,
     whole,
 )
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torchrec import EmbeddingBagCollection, KeyedJaggedTensor
+from torchrec.datasets.utils import Batch
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.types import ShardingEnv2D
+from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
-from torchrec_lma import (
-    Allocation,
-    LMAConfig,
-    LMAEmbeddingBagCollection,
-    LMAEmbeddingBagCollectionSharder,
-    get_default_sharders,
-)
-from torchrec_lma.distributed.specs import RowWiseInput
-from torchrec_lma.features import permute
+from torchrec_lma import Allocation, LMAEmbeddingBagCollection, LMAEmbeddingBagCollectionSharder
+from torchrec_lma.distributed import ShardedLMAEmbeddingBagCollection
 
-ROW_TYPES = ("row_wise", "table_row_wise", "grid_shard")
+TYPES = ["table_wise", "column_wise", "row_wise"]
+ROW_TYPES = ["row_wise", "table_row_wise", "grid_shard"]
 
-CASES = [
-    *[
-        (s, o, "SUM", False, False)
-        for s in ("table_wise", "column_wise", "row_wise")
-        for o in OPTIMIZERS
-        if o != "adam"
-    ],
+# sharding, optimizer, pooling, weighted, pipelined
+CASES: list[tuple[str, str, str, bool, bool]] = [
+    *[(s, o, "SUM", False, False) for s in TYPES for o in OPTIMIZERS if o != "adam"],
     *[("data_parallel", o, "SUM", False, False) for o in ("sgd", "adam")],
-    *[(f"{s}_dense", "adam", "SUM", False, False) for s in ("table_wise", "column_wise", "row_wise")],
-    *[(s, "sgd", "SUM", True, False) for s in ("table_wise", "column_wise", "row_wise", "data_parallel")],
-    *[(s, "sgd", "MEAN", w, False) for s in ("table_wise", "column_wise", "row_wise", "data_parallel") for w in (0, 1)],
-    *[(s, "rowwise_adagrad", "SUM", False, True) for s in ("table_wise", "column_wise", "row_wise", "planner")],
-    ("data_parallel", "sgd", "SUM", False, True),
-    *[("mixed", "rowwise_adagrad", p, False, False) for p in ("SUM", "MEAN")],
+    *[(f"{s}_dense", "adam", "SUM", False, False) for s in TYPES],
+    *[(s, "sgd", p, w, False) for s in [*TYPES, "data_parallel"] for p, w in (("mixed", True), ("MEAN", False))],
+    *[(s, "rowwise_adagrad", "mixed", False, True) for s in [*TYPES, "planner"]],
+    ("data_parallel", "sgd", "mixed", True, True),
+    ("mixed", "rowwise_adagrad", "mixed", True, False),
 ]
 
 
@@ -82,262 +73,369 @@ def allocation() -> Allocation:
 def test_training_equals_one_process(
     allocation: Allocation, sharding: str, optimizer: str, pooling: str, weighted: bool, pipeline: bool
 ) -> None:
-    kind = PoolingType[pooling]
-    results = run(train_sharded, 2, allocation, sharding, optimizer, kind, bool(weighted), 4, pipeline)
-    expected, sums = train_reference(allocation, 2, optimizer, kind, bool(weighted), 4)
+    results = run(train_sharded, 2, allocation, sharding, optimizer, pooling, weighted, 4, pipeline)
+    first = results[0]
+    expected, sums = train_reference(allocation, 2, optimizer, pooling, weighted, column_shards=first.column_shards)
     start = initial_state(allocation)
-    weights = results[0][0]
     for name, value in expected.items():
         assert not torch.equal(value, start[name]), f"{name} did not train"
-    assert_close(weights, expected)
-    assert set(sums) == (set(MEMORIES) if "adagrad" in optimizer else set())
-    assert_sums_close([shards for _, shards, _ in results], sums)
+    assert_close(first.weights, expected)
+    assert set(sums) == (set(level_shapes(allocation)) if "adagrad" in optimizer else set())
+    assert_sums_close(results, sums)
+    assert first.pipelined == (["ebc"] if pipeline else [])
 
 
-def pooled(allocation: Allocation, data_type: DataType, sharding: str) -> tuple[Tensor, Tensor]:
-    """Embeddings of a sharded collection, and of an unsharded one with the same weights; after one fused step."""
-    configs = [dataclasses.replace(table, data_type=data_type, init_fn=None) for table in tables()]
-    allocation = Allocation.hashed(configs, allocation.config)
-    ebc = LMAEmbeddingBagCollection(configs, allocation.config, allocation)
-    apply_optimizer_in_backward(torch.optim.SGD, ebc.parameters(), {"lr": LR})
-    plan = plan_of(sharding, ebc, "fused")
-    dmp = DistributedModelParallel(nn.ModuleDict({"ebc": ebc}), plan=plan, sharders=get_default_sharders(), device=CPU)
-    out = dmp.module["ebc"](features(dist.get_rank())).wait()
-    torch.cat([out[feature] for feature in FEATURES], 1).float().sum().backward()
-    out = dmp.module["ebc"](features(7)).wait()
-    state = whole({name.removeprefix("ebc."): value for name, value in dmp.state_dict().items()})
-    ebc.load_state_dict(state)
-    reference = ebc(features(7))
-    return (
-        torch.cat([out[feature] for feature in FEATURES], 1).detach(),
-        torch.cat([reference[feature] for feature in FEATURES], 1).detach(),
-    )
-
-
-@pytest.mark.parametrize("data_type", [DataType.FP16, DataType.FP32])
-@pytest.mark.parametrize("sharding", ["table_wise", "row_wise"])
-def test_weights_of_every_type_train_sharded(allocation: Allocation, data_type: DataType, sharding: str) -> None:
-    sharded, unsharded = run(pooled, 2, allocation, data_type, sharding)[0]
-    assert sharded.dtype is torch.float32 and sharded.abs().max() > LR  # a step of SGD on a sum moves weights by LR
-    torch.testing.assert_close(sharded, unsharded, rtol=2e-2, atol=2e-2)
-
-
-def pooled_unevenly(allocation: Allocation, sharding: str, sizes: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
-    dmp, _, _ = build(allocation, sharding, "sgd")
-    rank = dist.get_rank()
-    out = dmp.module.ebc(features(rank, batch=sizes[rank])).wait()
-    return torch.cat([out[feature] for feature in FEATURES], 1).detach(), whole(dmp.state_dict())
-
-
-@pytest.mark.parametrize("sharding", ["table_wise", "column_wise", "row_wise", "data_parallel"])
-@pytest.mark.parametrize("sizes", [[5, 2], [3, 0], [0, 0]], ids=str)
-def test_ranks_may_have_batches_of_different_sizes(allocation: Allocation, sharding: str, sizes: list[int]) -> None:
-    results = run(pooled_unevenly, 2, allocation, sharding, sizes)
-    ebc = LMAEmbeddingBagCollection(tables(), allocation.config, allocation)
-    weights = {name.removeprefix("ebc."): value for name, value in results[0][1].items() if name.startswith("ebc.")}
-    ebc.load_state_dict(weights)
-    for rank, size in enumerate(sizes):
-        expected = ebc(features(rank, batch=size))
-        assert results[rank][0].shape == (size, sum(DIMS[table] for table in FEATURES.values()))
-        torch.testing.assert_close(results[rank][0], torch.cat([expected[f] for f in FEATURES], 1).detach())
-
-
-def pooled_in_another_order(allocation: Allocation, sharding: str, vbe: bool) -> tuple[Tensor, Tensor]:
-    """Embeddings of a batch after the first, and of the same with its features the other way round."""
-    dmp, _, _ = build(allocation, sharding, "sgd", PoolingType.MEAN)
-    dmp.module.ebc(vbe_features(1, False, 1) if vbe else features(1)).wait()
-    one = vbe_features(2, False, 2) if vbe else features(2)
-    turned = permute(one, list(reversed(FEATURES)))
-    assert turned.keys() == list(reversed(one.keys()))
-    results = [dmp.module.ebc(given).wait() for given in (one, turned)]
-    first, second = (torch.cat([out[feature] for feature in FEATURES], 1).detach() for out in results)
-    return first, second
-
-
-@pytest.mark.parametrize("vbe", [False, True], ids=["", "vbe"])
-@pytest.mark.parametrize("sharding", ["table_wise", "row_wise"])
-def test_features_may_come_in_another_order_than_at_first(allocation: Allocation, sharding: str, vbe: bool) -> None:
-    first, second = run(pooled_in_another_order, 2, allocation, sharding, vbe)[0]
-    torch.testing.assert_close(first, second)
-
-
-def bf16_error(allocation: Allocation) -> str:
-    try:
-        pooled(allocation, DataType.BF16, "table_wise")
-    except ValueError as error:
-        return str(error)
-    return "no error"
-
-
-def test_bf16_is_refused_where_fbgemm_has_no_kernel(allocation: Allocation) -> None:
-    assert "got BF16" in run(bf16_error, 1, allocation)[0]
-
-
-@pytest.mark.parametrize("sharding", ["table_row_wise", "table_column_wise", "grid_shard", "row_wise"])
-@pytest.mark.parametrize(("optimizer", "pooling"), [("rowwise_adagrad", "SUM"), ("sgd", "MEAN")])
+@pytest.mark.parametrize("sharding", ["row_wise", *sorted(TWO_HOSTS)])
+@pytest.mark.parametrize(("optimizer", "pooling"), [("rowwise_adagrad", "SUM"), ("sgd", "mixed")])
 def test_training_on_two_hosts_equals_one_process(
     allocation: Allocation, sharding: str, optimizer: str, pooling: str
 ) -> None:
-    kind = PoolingType[pooling]
-    results = run(train_sharded, 4, allocation, sharding, optimizer, kind, local_world_size=2)
-    expected, sums = train_reference(allocation, 4, optimizer, kind, False, 4)
-    assert_close(results[0][0], expected)
-    assert_sums_close([shards for _, shards, _ in results], sums)
+    results = run(train_sharded, 4, allocation, sharding, optimizer, pooling, local_world_size=2)
+    expected, sums = train_reference(allocation, 4, optimizer, pooling, column_shards=results[0].column_shards)
+    assert_close(results[0].weights, expected)
+    assert_sums_close(results, sums)
 
 
-@pytest.mark.parametrize(("sharding", "optimizer"), [("row_wise", "rowwise_adagrad"), ("row_wise_dense", "adam")])
-def test_memories_may_leave_ranks_without_rows(sharding: str, optimizer: str) -> None:
-    small = Allocation.hashed(tables(), LMAConfig(memory_bytes=480, chunk_dim=CHUNK))
-    assert [memory.rows for memory in small.memories] == [6, 2]  # 2 + 2 + 2 + 0, and 1 + 1 + 0 + 0
-    results = run(train_sharded, 4, small, sharding, optimizer)
-    expected, sums = train_reference(small, 4, optimizer, PoolingType.SUM, False, 4)
-    assert_close(results[0][0], expected)
-    if optimizer != "adam":
-        assert_sums_close([shards for _, shards, _ in results], sums)
+def test_levels_are_cut_into_columns_where_they_are_wide_enough(allocation: Allocation) -> None:
+    widths = {name: shape[1] for name, shape in level_shapes(allocation).items()}
+    assert sorted(set(widths.values())) == [4, 8, 16]
+    cut = run(train_sharded, 2, allocation, "column_wise", "sgd")[0].column_shards
+    assert cut == {name: 2 if width > 4 else 1 for name, width in widths.items()}
+    assert run(train_sharded, 2, allocation, "planner", "sgd")[0].types.keys() <= widths.keys()
 
 
-@pytest.mark.parametrize("sharding", ["table_wise", "column_wise", "row_wise", *sorted(TWO_HOSTS)])
-@pytest.mark.parametrize("qcomm", ["fp16", "bf16"])  # gloo has no BF16: TorchRec takes FP16 in its place
-def test_quantized_communication_trains_nearly_alike(allocation: Allocation, sharding: str, qcomm: str) -> None:
+def pooled(allocation: Allocation, seeds_and_sizes: list[tuple[int, int]], sharding: str) -> list[Tensor]:
+    """Embeddings of this rank's batches, one after another, of a collection without a training step."""
+    dmp, _, _ = build(allocation, sharding, "sgd", "mixed")
+    seed, size = seeds_and_sizes[dist.get_rank()]
+    return [dmp.module.ebc(features(seed + i, batch=size)).wait().values().detach() for i in range(2)]
+
+
+def reference_pooled(allocation: Allocation, given: KeyedJaggedTensor, pooling: str = "mixed") -> Tensor:
+    """[B, sum of dims] in plain torch."""
+    size = given.stride()
+    reference = Reference(allocation, pooling)
+    # The reference's forward ends in a linear layer: look through it, one column at a time.
+    columns = []
+    dim = reference.over.weight.size(1)
+    for i in range(4, dim):
+        with torch.no_grad():
+            reference.over.weight.zero_()
+            reference.over.weight[0, i] = 1
+            reference.over.bias.zero_()
+        columns.append(reference(Batch(torch.zeros(size, 4), given, torch.zeros(size)))[1])
+    return torch.stack(columns, 1)
+
+
+@pytest.mark.parametrize("sharding", [*TYPES, "data_parallel"])
+@pytest.mark.parametrize("sizes", [[5, 2], [3, 0], [0, 0]], ids=str)
+def test_ranks_may_have_batches_of_different_sizes(allocation: Allocation, sharding: str, sizes: list[int]) -> None:
+    results = run(pooled, 2, allocation, list(enumerate(sizes)), sharding)
+    for rank, size in enumerate(sizes):
+        for i, found in enumerate(results[rank]):
+            assert found.shape == (size, sum(TABLES[table][1] for table in SLOTS.values()))
+            if size:
+                torch.testing.assert_close(found, reference_pooled(allocation, features(rank + i, batch=size)))
+
+
+def pooled_in_another_order(allocation: Allocation, sharding: str) -> list[Tensor]:
+    """Embeddings of a batch after the first: as it was, the other way round, and without what no table takes."""
+    dmp, _, _ = build(allocation, sharding, "sgd", "mixed")
+    dmp.module.ebc(features(1)).wait()
+    one = features(2)
+    n = len(one.keys())
+    orders = [list(range(n)), list(reversed(range(n))), list(range(1, n))]
+    return [dmp.module.ebc(one.permute(order)).wait().values().detach() for order in orders]
+
+
+@pytest.mark.parametrize("sharding", ["table_wise", "row_wise"])
+def test_features_may_come_in_another_order_than_at_first(allocation: Allocation, sharding: str) -> None:
+    expected = reference_pooled(allocation, features(2))
+    for found in run(pooled_in_another_order, 2, allocation, sharding)[0]:
+        torch.testing.assert_close(found, expected)
+
+
+def of_data_type(data_type: str | None) -> Allocation:
+    config = dataclasses.replace(CONFIG, data_type=data_type)
+    return build_allocation(config=config)
+
+
+def train_in_half(allocation: Allocation, sharding: str) -> tuple[dict[str, Tensor], Tensor]:
+    """The weights after one step, and embeddings under them."""
+    dmp, optim, _ = build(allocation, sharding, "sgd")
+    train(dmp, optim, [batch(0, dist.get_rank())], pipeline=False)
+    return whole(dmp.state_dict()), dmp.module.ebc(features(7)).wait().values().detach()
+
+
+@pytest.mark.parametrize("sharding", ["table_wise", "row_wise"])
+def test_levels_in_half_precision_train_nearly_as_in_single(allocation: Allocation, sharding: str) -> None:
+    half = of_data_type(None)  # the default
+    weights, embeddings = run(train_in_half, 2, half, sharding)[0]
+    assert {value.dtype for name, value in weights.items() if "levels" in name} == {torch.float16}
+    assert embeddings.dtype is torch.float32
+    expected, _ = train_reference(half, 2, "sgd", steps=1)
+    for name, value in expected.items():
+        torch.testing.assert_close(weights[name].float(), value, rtol=2e-3, atol=2e-3)
+    ebc = LMAEmbeddingBagCollection(tables(), half)
+    ebc.load_state_dict({name.removeprefix("ebc."): value for name, value in weights.items() if "ebc." in name})
+    torch.testing.assert_close(embeddings, ebc(features(7)).values().float().detach(), rtol=2e-3, atol=2e-3)
+
+
+def error_of(allocation: Allocation, sharding: str, wrong: str = "") -> str:
+    """What is raised by building the model, or by its first step on bad input."""
+    try:
+        dmp, _, _ = build(allocation, sharding, "adam" if wrong == "optimizer" else "sgd", weighted=wrong == "weights")
+        given = batch(0, dist.get_rank())
+        keys = given.sparse_features.keys()
+        if wrong == "feature":
+            given.sparse_features = given.sparse_features.permute([keys.index(key) for key in keys if key != "f3"])
+        if wrong == "ids":
+            given.sparse_features._values = given.sparse_features.values().float()
+        if wrong == "lengths":
+            given.sparse_features._values = given.sparse_features.values()[:-1]
+        if wrong == "strict":
+            dmp.module.ebc.remap.strict = True
+        dmp(given)[0].backward()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("feature", "ValueError: the KeyedJaggedTensor lacks features ['f3']"),
+        ("weights", "ValueError: the collection was made with is_weighted=True"),
+        ("ids", "TypeError: the KeyedJaggedTensor has ids of torch.float32"),
+        ("lengths", "ValueError: the KeyedJaggedTensor has lengths that add up to"),
+        ("strict", "are outside of their table's [0, num_embeddings)"),
+        ("optimizer", "adam is not supported in CPU mode"),  # TorchRec's words
+    ],
+)
+def test_bad_input_is_named(allocation: Allocation, wrong: str, said: str) -> None:
+    for message in run(error_of, 2, allocation, "row_wise", wrong):
+        assert said in message
+
+
+# --- few rows -------------------------------------------------------------------------------------------------------
+
+
+def few_rows() -> Allocation:
+    allocation = Allocation.hashed(tables(), dataclasses.replace(CONFIG, compression=400, widths={16: (16,), 8: (8,)}))
+    assert [shape[0] for shape in level_shapes(allocation).values()] == [1, 1]
+    return allocation
+
+
+@pytest.mark.parametrize("sharding", ROW_TYPES)
+def test_ranks_without_rows_are_refused(sharding: str) -> None:
+    """On the CPU FBGEMM reads past the end of an empty table, of plain tables too."""
+    for message in run(error_of, 4, few_rows(), sharding, local_world_size=2):
+        assert message.startswith(
+            f"ValueError: table 'a_lma16_level_0' has 1 rows, of which {sharding} sharding gives none"
+        )
+
+
+@pytest.mark.parametrize("sharding", ["table_wise", "column_wise", "data_parallel"])
+def test_levels_with_fewer_rows_than_ranks_train_under_other_types(sharding: str) -> None:
+    results = run(train_sharded, 4, few_rows(), sharding, "sgd", local_world_size=2)
+    assert_close(results[0].weights, train_reference(few_rows(), 4, "sgd")[0])
+
+
+# --- quantized communication ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sharding", [*TYPES, *sorted(TWO_HOSTS)])
+def test_communication_in_half_precision_trains_nearly_alike(allocation: Allocation, sharding: str) -> None:
     sizes = ranks_for(sharding)
     world_size = sizes.pop("world_size")
-    args = (allocation, sharding, "sgd", PoolingType.SUM, False, 3, False, "auto", "no", qcomm)
-    weights = run(train_sharded, world_size, *args, **sizes)[0][0]
-    expected, _ = train_reference(allocation, world_size, "sgd", PoolingType.SUM, False, 3)
+    args = (allocation, sharding, "sgd", "SUM", False, 3, False, "no", "fp16")
+    weights = run(train_sharded, world_size, *args, **sizes)[0].weights
+    expected, _ = train_reference(allocation, world_size, "sgd", steps=3)
     off = max(float((weights[name] - value).abs().max()) for name, value in expected.items())
     assert 1e-5 < off < 0.05, "the codec changed nothing, or too much"
 
 
-def pooled_in_int8(allocation: Allocation, sharding: str) -> Tensor:
+def pooled_in_int8(allocation: Allocation, sharding: str) -> Tensor | str:
     dmp, _, _ = build(allocation, sharding, "sgd", qcomm="int8")
-    out = dmp.module.ebc(features(dist.get_rank(), batch=8)).wait()  # the codec takes multiples of 32 values
-    pooled = torch.cat([out[feature] for feature in FEATURES], 1)
-    pooled.sum().backward()
-    return pooled.detach()
+    try:
+        out = dmp.module.ebc(features(dist.get_rank(), batch=8)).wait().values()  # the codec takes multiples of 32
+        out.sum().backward()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return out.detach()
 
 
-@pytest.mark.parametrize("sharding", ["table_wise", "column_wise", "table_column_wise", *ROW_TYPES])
-def test_int8_communication_is_near_or_refused(allocation: Allocation, sharding: str) -> None:
+@pytest.mark.parametrize("sharding", ["table_wise", "column_wise", "table_column_wise"])
+def test_communication_in_int8_is_near(allocation: Allocation, sharding: str) -> None:
     sizes = ranks_for(sharding)
-    world_size = sizes.pop("world_size")
-    registry = get_qcomm_codecs_registry(QCommsConfig(CommType.INT8, CommType.INT8), device=CPU)
-    planned = LMAEmbeddingBagCollectionSharder(qcomm_codecs_registry=registry).sharding_types("cpu")
-    assert (sharding in planned) == (sharding not in ROW_TYPES)
-    if sharding in ROW_TYPES:
-        said = run(error_of, world_size, allocation, sharding, "sgd", "int8", **sizes)
-        assert all(f"INT8 communication does not run under ['{sharding}']" in message for message in said)
-        return
-    ebc = LMAEmbeddingBagCollection(tables(), allocation.config, allocation)
-    start = {name.removeprefix("ebc."): value for name, value in initial_state(allocation).items() if "ebc." in name}
-    ebc.load_state_dict(start, strict=False)
-    for rank, out in enumerate(run(pooled_in_int8, world_size, allocation, sharding, **sizes)):
-        expected = ebc(features(rank, batch=8))
-        off = float((out - torch.cat([expected[feature] for feature in FEATURES], 1).detach()).abs().max())
+    for rank, out in enumerate(run(pooled_in_int8, sizes.pop("world_size"), allocation, sharding, **sizes)):
+        off = float((out - reference_pooled(allocation, features(rank, batch=8), "SUM")).abs().max())
         assert 1e-5 < off < 0.05, "the codec changed nothing, or too much"
 
 
-# Gloo has no all-gather of different sizes, so in VBE batches the ranks have as many bags here.
-@pytest.mark.parametrize("row_wise_input", ["ids", "addresses"])
-@pytest.mark.parametrize(("pooling", "weighted"), [("SUM", False), ("SUM", True), ("MEAN", False)])
-@pytest.mark.parametrize("vbe", ["no", "by step"])
-def test_row_wise_input_does_not_change_training(
-    allocation: Allocation, row_wise_input: RowWiseInput, pooling: str, weighted: bool, vbe: str
-) -> None:
-    kind = PoolingType[pooling]
-    args = (allocation, "row_wise", "rowwise_adagrad", kind, weighted, 3, True, row_wise_input, vbe)
-    expected, _ = train_reference(allocation, 2, "rowwise_adagrad", kind, weighted, 3, vbe)
-    assert_close(run(train_sharded, 2, *args)[0][0], expected)
+# --- 2D parallelism -------------------------------------------------------------------------------------------------
 
 
-def test_memories_may_differ_in_what_is_cheaper_to_send(allocation: Allocation) -> None:
-    # On 3 ranks memory_16 (4 chunks) is fed raw ids and memory_8 (2 chunks) addresses, through one input dist.
-    args = (allocation, "row_wise", "rowwise_adagrad", PoolingType.SUM, True, 3)
-    expected, _ = train_reference(allocation, 3, "rowwise_adagrad", PoolingType.SUM, True, 3)
-    assert_close(run(train_sharded, 3, *args)[0][0], expected)
+def train_in_2d(allocation: Allocation, sharding: str, steps: int) -> tuple[dict[str, Tensor], str]:
+    """Two replicas, each sharded over two ranks; after each step the replicas' shards are averaged."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    mesh = DeviceMesh("cpu", [[0, 2], [1, 3]], mesh_dim_names=("replicate", "shard"))
+    env = ShardingEnv2D(
+        sharding_pg=mesh.get_group("shard"),
+        global_pg=dist.GroupMember.WORLD,
+        device_mesh=mesh,
+        node_group_size=2,
+        replica_pg=mesh.get_group("replicate"),
+    )
+    ebc = LMAEmbeddingBagCollection(tables(), allocation, device=META)
+    apply_optimizer_in_backward(torch.optim.SGD, ebc.parameters(), {"lr": LR})
+    plan = plan_of(sharding, ebc, "fused", world_size // 2)
+    for one in plan.plan["ebc"].values():  # of ranks within a replica: as DMPCollection does
+        one.ranks = [2 * r + rank % 2 for r in one.ranks]
+        for shard in one.sharding_spec.shards:
+            of_rank = 2 * shard.placement.rank() + rank % 2
+            shard.placement = torch.distributed._remote_device(f"rank:{of_rank}/cpu")
+    dmp = DistributedModelParallel(
+        Model(ebc), env=env, device=CPU, plan=plan, sharders=[LMAEmbeddingBagCollectionSharder()]
+    )
+    dmp.load_state_dict(initial_state(allocation), strict=False)
+    optim = optimizer_of(dmp, "sgd")
+    for step in range(steps):
+        train(dmp, optim, [batch(step, rank)], pipeline=False)
+        for parameter in dmp.module.ebc.levels.parameters():
+            if parameter.numel():
+                dist.all_reduce(parameter.data, group=mesh.get_group("replicate"))
+                parameter.data /= world_size // 2
+    state = dmp.state_dict()
+    weights = {}
+    for name, value in state.items():
+        if "levels" in name:
+            wrapper = value.to_local()
+            weights[name] = list(zip(wrapper.local_offsets(), wrapper.local_shards()))
+    over = {name: value.clone() for name, value in state.items() if name.startswith("over")}
+    return weights, over
 
 
-@pytest.mark.parametrize("sharding", ["table_row_wise", "grid_shard"])
-@pytest.mark.parametrize("row_wise_input", ["ids", "addresses"])
-def test_row_wise_input_does_not_change_training_on_two_hosts(
-    allocation: Allocation, sharding: str, row_wise_input: RowWiseInput
-) -> None:
-    args = (allocation, sharding, "rowwise_adagrad", PoolingType.SUM, False, 3, False, row_wise_input)
-    expected, _ = train_reference(allocation, 4, "rowwise_adagrad", PoolingType.SUM, False, 3)
-    assert_close(run(train_sharded, 4, *args, local_world_size=2)[0][0], expected)
+@pytest.mark.parametrize("sharding", TYPES)
+def test_2d_parallelism_equals_one_process(allocation: Allocation, sharding: str) -> None:
+    """DMPCollection takes CUDA devices only; this is the environment that it makes, and its averages, on gloo."""
+    results = run(train_in_2d, 4, allocation, sharding, 3, local_world_size=2)
+    expected, _ = train_reference(allocation, 4, "sgd", steps=3)
+    for replica in ([0, 2], [1, 3]):
+        for name, value in expected.items():
+            if name.startswith("over"):
+                found = results[replica[0]][1][name]
+            else:
+                found = torch.full_like(value, torch.nan)
+                for rank in replica:
+                    for (row, column), shard in results[rank][0][name]:
+                        found[row : row + shard.size(0), column : column + shard.size(1)] = shard
+            torch.testing.assert_close(found, value, rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_2d_parallelism_is_refused(allocation: Allocation) -> None:
-    assert "DMPCollection" in run(error_of, 1, allocation, "table_wise", "sgd", "2d")[0]
+# --- checkpoints ----------------------------------------------------------------------------------------------------
 
 
 def save(allocation: Allocation, sharding: str, path: str) -> dict[str, Tensor]:
     dmp, optim, _ = build(allocation, sharding, "rowwise_adagrad" if sharding != "data_parallel" else "sgd")
-    for step in range(3):
-        optim.zero_grad()
-        dmp(batch(step, dist.get_rank()))[0].backward()
-        optim.step()
+    train(dmp, optim, [batch(step, dist.get_rank()) for step in range(3)], pipeline=False)
     dcp.save({"model": dmp.state_dict(), "optimizer": optim.state_dict()}, checkpoint_id=path)
     return whole(dmp.state_dict())
 
 
-def load_and_step(allocation: Allocation, sharding: str, path: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    dmp, optim, _ = build(allocation, sharding, "rowwise_adagrad")
-    state = {"model": dmp.state_dict(), "optimizer": optim.state_dict()}
+def load_and_step(
+    allocation: Allocation, sharding: str, path: str, with_optimizer: bool = True
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    dmp, optim, _ = build(allocation, sharding, "rowwise_adagrad" if sharding != "data_parallel" else "sgd")
+    state = {"model": dmp.state_dict()} | ({"optimizer": optim.state_dict()} if with_optimizer else {})
     dcp.load(state, checkpoint_id=path)
     dmp.load_state_dict(state["model"])
-    optim.load_state_dict(state["optimizer"])
+    if with_optimizer:
+        optim.load_state_dict(state["optimizer"])
     loaded = whole(dmp.state_dict())
     # One step on the same global batch, whatever the world size: every rank takes the same rows.
-    optim.zero_grad()
-    dmp(batch(50, 0))[0].backward()
-    optim.step()
+    train(dmp, optim, [batch(50, 0)], pipeline=False)
     return loaded, whole(dmp.state_dict())
 
 
-@pytest.mark.parametrize("saved", ["table_wise", "column_wise", "row_wise", *sorted(TWO_HOSTS)])
+# Row-wise state of a table that is cut into columns has a row for each of them in TorchRec, so it loads where the
+# columns are cut alike: see test_optimizer_state_moves_as_that_of_plain_tables.
+BY_ROWS = ["table_wise", "row_wise", "table_row_wise"]
+
+
+@pytest.mark.parametrize("saved", BY_ROWS)
 def test_checkpoint_loads_under_any_plan_and_world_size(allocation: Allocation, tmp_path: Path, saved: str) -> None:
     path = str(tmp_path / "checkpoint")
     sizes = ranks_for(saved)
     saved_by = sizes.pop("world_size")
     weights = run(save, saved_by, allocation, saved, path, **sizes)[0]
     assert Allocation.from_checkpoint(path).fingerprint == allocation.fingerprint
-    after = []
-    for sharding, sizes in [
+    # The step after loading is that of one process which never stopped, so the optimizer state arrived as well.
+    expected, _ = train_reference(allocation, saved_by, "rowwise_adagrad", steps=3, then=[batch(50, 0)])
+    targets: list[tuple[str, dict[str, int]]] = [
         ("table_wise", {"world_size": 1}),
         ("row_wise", {"world_size": 3}),
-        *((sharding, ranks_for(sharding)) for sharding in ("table_wise", "column_wise", "row_wise", "mixed")),
-        *((sharding, ranks_for(sharding)) for sharding in sorted(TWO_HOSTS)),
-    ]:
+        *((sharding, ranks_for(sharding)) for sharding in BY_ROWS),
+    ]
+    for sharding, sizes in targets:
         world_size = sizes.pop("world_size")
         loaded, stepped = run(load_and_step, world_size, allocation, sharding, path, **sizes)[0]
         for name, value in weights.items():
             assert torch.equal(loaded[name], value), f"{name} differs after {saved} -> {sharding} on {world_size} ranks"
-        after.append(stepped)
-    # The step after loading is that of one process which never stopped, so the optimizer state arrived as well.
-    expected, _ = train_reference(
-        allocation, saved_by, "rowwise_adagrad", PoolingType.SUM, False, 3, then=[batch(50, 0)]
-    )
-    for stepped in after:
         assert_close(stepped, expected)
 
 
-def load_weights(allocation: Allocation, sharding: str, path: str) -> dict[str, Tensor]:
-    dmp, _, _ = build(allocation, sharding, "sgd")
-    state = {"model": dmp.state_dict()}
-    dcp.load(state, checkpoint_id=path)
-    dmp.load_state_dict(state["model"])
-    return whole(dmp.state_dict())
+@pytest.mark.parametrize("saved", ["column_wise", "table_column_wise", "grid_shard", "data_parallel"])
+def test_weights_load_under_any_plan(allocation: Allocation, tmp_path: Path, saved: str) -> None:
+    sizes = ranks_for(saved)
+    weights = run(save, sizes.pop("world_size"), allocation, saved, str(tmp_path / "c"), **sizes)[0]
+    for sharding in [*TYPES, *sorted(TWO_HOSTS), "mixed", "data_parallel"]:
+        sizes = ranks_for(sharding)
+        args = (allocation, sharding, str(tmp_path / "c"), False)
+        loaded, _ = run(load_and_step, sizes.pop("world_size"), *args, **sizes)[0]
+        for name, value in weights.items():
+            assert torch.equal(loaded[name], value), f"{name} differs after {saved} -> {sharding}"
 
 
-@pytest.mark.parametrize("sharding", ["table_wise", "column_wise", "row_wise", *sorted(TWO_HOSTS)])
-def test_weights_move_between_data_parallel_and_sharded(allocation: Allocation, tmp_path: Path, sharding: str) -> None:
-    sizes = ranks_for(sharding)
-    world_size = sizes.pop("world_size")
-    for saved, loaded in [("data_parallel", sharding), (sharding, "data_parallel")]:
-        path = str(tmp_path / saved)
-        weights = run(save, world_size, allocation, saved, path, **sizes)[0]
-        for name, value in run(load_weights, world_size, allocation, loaded, path, **sizes)[0].items():
-            assert torch.equal(value, weights[name]), f"{name} differs after {saved} -> {loaded}"
+def outcome_of_plain(allocation: Allocation, sharding: str, path: str, saves: bool) -> str:
+    """Save or load a plain collection of the level tables, with its optimizer."""
+    lma = LMAEmbeddingBagCollection(tables(), allocation, device=META)
+    ebc = EmbeddingBagCollection(tables=lma.levels.embedding_bag_configs(), device=META)
+    apply_optimizer_in_backward(OPTIMIZERS["rowwise_adagrad"], ebc.parameters(), {"lr": LR})
+    plan = plan_of(sharding, ebc, "fused")
+    dmp = DistributedModelParallel(nn.ModuleDict({"ebc": ebc}), plan=plan, device=CPU)
+    return outcome(dmp, dmp.fused_optimizer, path, saves)
+
+
+def outcome_of_lma(allocation: Allocation, sharding: str, path: str, saves: bool) -> str:
+    dmp, _, _ = build(allocation, sharding, "rowwise_adagrad")
+    return outcome(dmp, dmp.fused_optimizer, path, saves)
+
+
+def outcome(dmp: DistributedModelParallel, optimizer: Any, path: str, saves: bool) -> str:
+    state = {"model": dmp.state_dict(), "optimizer": optimizer.state_dict()}
+    try:
+        (dcp.save if saves else dcp.load)(state, checkpoint_id=path)
+    except BaseException as error:  # CheckpointException is one
+        return type(error).__name__
+    return "done"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("saved", [*TYPES, *sorted(TWO_HOSTS)])
+def test_optimizer_state_moves_as_that_of_plain_tables(allocation: Allocation, tmp_path: Path, saved: str) -> None:
+    outcomes = {}
+    for kind, function in (("plain", outcome_of_plain), ("lma", outcome_of_lma)):
+        path = str(tmp_path / kind)
+        sizes = ranks_for(saved)
+        assert set(run(function, sizes.pop("world_size"), allocation, saved, path, True, **sizes)) == {"done"}
+        for sharding in [*TYPES, *sorted(TWO_HOSTS)]:
+            sizes = ranks_for(sharding)
+            results = run(function, sizes.pop("world_size"), allocation, sharding, path, False, **sizes)
+            outcomes[kind, sharding] = sorted(set(results))
+    for sharding in [*TYPES, *sorted(TWO_HOSTS)]:
+        assert outcomes["lma", sharding] == outcomes["plain", sharding], f"{saved} -> {sharding}"
+    assert outcomes["lma", saved] == ["done"]
 
 
 def load_errors(allocation: Allocation, other: Allocation, path: str) -> tuple[str, str, bool]:
@@ -347,16 +445,16 @@ def load_errors(allocation: Allocation, other: Allocation, path: str) -> tuple[s
     own = whole(dmp.state_dict())
     saved = {**dmp.state_dict()}
     theirs = torch.frombuffer(bytearray.fromhex(other.fingerprint), dtype=torch.uint8).clone()
-    saved["ebc.addressing.fingerprint"] = theirs
-    saved["ebc.embedding_bags.memory_16.weight"] = torch.zeros_like(own["ebc.embedding_bags.memory_16.weight"])
+    saved["ebc.remap.fingerprint"] = theirs
+    saved[weight_name("d")] = torch.zeros_like(own[weight_name("d")])
     try:
         dmp.load_state_dict(saved)
     except ValueError as error:
         messages.append(str(error))
     untouched = all(torch.equal(value, own[name]) for name, value in whole(dmp.state_dict()).items())
     state = dmp.state_dict()
-    dcp.save({"ebc.addressing.fingerprint": theirs}, checkpoint_id=path)
-    dcp.load({"ebc.addressing.fingerprint": state["ebc.addressing.fingerprint"]}, checkpoint_id=path)
+    dcp.save({"ebc.remap.fingerprint": theirs}, checkpoint_id=path)
+    dcp.load({"ebc.remap.fingerprint": state["ebc.remap.fingerprint"]}, checkpoint_id=path)
     try:
         dmp(batch(0, dist.get_rank()))
     except ValueError as error:
@@ -372,71 +470,30 @@ def test_loading_another_allocation_is_refused(allocation: Allocation, tmp_path:
     assert untouched
 
 
-def planned_types(allocation: Allocation) -> tuple[list[str], str]:
-    dmp, _, plan = build(allocation, "planner", "rowwise_adagrad")
+def state_of_replicas(allocation: Allocation) -> tuple[bool, list[str], int]:
+    dmp, _, _ = build(allocation, "table_wise", "sgd")
     sharded = dmp.module.ebc
-    return [p.sharding_type for p in plan.plan["ebc"].values()], str(sharded.memory_report())
+    dmp(batch(0, dist.get_rank()))[0].backward()
+    sharded_names = list(sharded.sharded_parameter_names("ebc"))
+    return (
+        isinstance(sharded, ShardedLMAEmbeddingBagCollection),
+        [name for name, _ in dmp.named_buffers() if name not in sharded_names],
+        int(sharded.remap.out_of_vocabulary),
+    )
 
 
-def test_planner_shards_memories_as_tables(allocation: Allocation) -> None:
-    types, report = run(planned_types, 2, allocation)[0]
-    assert set(types) <= set(LMAEmbeddingBagCollectionSharder().sharding_types("cpu"))
-    assert "memory_16" in report and "total" in report
-
-
-def error_of(allocation: Allocation, sharding: str, optimizer: str, wrong: str) -> str:
-    try:
-        if wrong == "column shard":
-            ebc = LMAEmbeddingBagCollection(tables(), allocation.config, allocation, device=torch.device("meta"))
-            plan = ShardingPlan(
-                {
-                    "ebc": construct_module_sharding_plan(
-                        ebc,
-                        {
-                            "memory_16": column_wise(size_per_rank=[8, 8], compute_kernel="fused"),
-                            "memory_8": column_wise(size_per_rank=[6, 2], compute_kernel="fused"),
-                        },
-                        sharder=LMAEmbeddingBagCollectionSharder(),
-                        local_size=2,
-                        world_size=2,
-                        device_type="cpu",
-                    )
-                }
-            )
-            DistributedModelParallel(Model(ebc), device=CPU, plan=plan, sharders=get_default_sharders())
-        if wrong == "2d":
-            ebc = LMAEmbeddingBagCollection(tables(), allocation.config, allocation)
-            env = ShardingEnv(dist.get_world_size(), dist.get_rank(), dist.GroupMember.WORLD, output_dtensor=True)
-            LMAEmbeddingBagCollectionSharder().shard(ebc, plan_of(sharding, ebc, "fused").plan["ebc"], env, CPU)
-        dmp, _, _ = build(allocation, sharding, optimizer, qcomm="int8" if wrong == "int8" else "fp32")
-        good = batch(0, dist.get_rank())
-        if wrong == "missing feature":
-            good.sparse_features = good.sparse_features.permute([0, 1, 2])
-        if wrong == "vbe":
-            good.sparse_features = KeyedJaggedTensor(
-                keys=list(FEATURES),
-                values=torch.arange(6),
-                lengths=torch.ones(6, dtype=torch.int64),
-                stride_per_key_per_rank=[[2], [1], [2], [1]],
-            )
-        dmp(good)
-    except ValueError as error:
-        return str(error)
-    return "no error"
-
-
-@pytest.mark.parametrize(
-    ("sharding", "optimizer", "wrong", "said"),
-    [
-        ("row_wise", "sgd", "missing feature", "missing ['f3']"),
-        ("row_wise", "sgd", "vbe", "inverse_indices"),
-        ("table_wise", "adam", "optimizer", "adam"),
-        ("row_wise", "sgd", "column shard", "min_partition"),
-    ],
-)
-def test_bad_input_is_named(allocation: Allocation, sharding: str, optimizer: str, wrong: str, said: str) -> None:
-    assert said in run(error_of, 2, allocation, sharding, optimizer, wrong)[0]
-
-
-def test_fused_kernels_refuse_chunks_that_fbgemm_cannot_take() -> None:
-    assert "multiple of 4" in run(error_of, 1, build_allocation(chunk_dim=2), "table_wise", "sgd", "chunk")[0]
+def test_ranks_count_their_own_ids_outside_of_vocabularies(allocation: Allocation) -> None:
+    """DistributedDataParallel broadcasts buffers at each step, which shall not touch those of the allocation."""
+    results = run(state_of_replicas, 2, allocation)
+    expected = []
+    for rank in range(2):
+        given = features(rank)
+        outside = 0
+        for slot, table in SLOTS.items():
+            if table != "c":
+                outside += int((given[slot.split("@")[0]].values() >= TABLES[table][0]).sum())
+        expected.append(outside)
+    assert [outside for _, _, outside in results] == expected
+    assert len(set(expected)) == 2  # else a broadcast would not show
+    assert all(sharded for sharded, _, _ in results)
+    assert not [name for _, broadcast, _ in results for name in broadcast if "remap" in name]

@@ -1,4 +1,4 @@
-"""What TorchRec's planner is told about level tables: ParameterConstraints by logical table, turned into those by level.
+"""What TorchRec's planner is told of level tables: ParameterConstraints by logical table, turned into those by level.
 
 To TorchRec a level is an ordinary table; logical tables it does not know. Where it matters to a plan, a level differs
 from a full table in how many of a bag's ids it is asked for: an absent id is not looked up.
@@ -161,6 +161,6 @@ def refuse_constraints_of_logical_tables(module: LMAEmbeddingBagCollection) -> N
     if dropped:
         raise ValueError(
             f"the planner was given constraints for {dropped}, logical tables of an LMAEmbeddingBagCollection, and "
-            f"would drop them: it plans {sorted(planned)}. Give it constraints=torchrec_lma.distributed.level_constraints(model, "
-            "constraints)"
+            f"would drop them: it plans {sorted(planned)}. Give it what "
+            "torchrec_lma.distributed.level_constraints(model, constraints) makes of them"
         )

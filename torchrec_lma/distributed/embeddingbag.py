@@ -4,7 +4,7 @@ TorchRec's own ShardedEmbeddingBagCollection holds the level tables, under any o
 it, the remap runs on the local batch before the input dist, and the regroup when the pooled levels are waited for.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ from torchrec.distributed.embeddingbag import (
 from torchrec.distributed.sharding_plan import get_default_sharders as get_torchrec_sharders
 from torchrec.distributed.types import (
     Awaitable,
+    EnumerableShardingSpec,
     LazyAwaitable,
     ModuleSharder,
     ParameterSharding,
@@ -71,6 +72,8 @@ class ShardedLMAEmbeddingBagCollection(
         module_fqn: str | None = None,
     ) -> None:
         super().__init__()
+        if device.type == "cpu":
+            _refuse_ranks_without_rows(table_name_to_parameter_sharding)
         # Children in the order of the unsharded module: torchrec.distributed.shard compares names in order.
         self.remap = module.remap.to("cpu" if device.type == "meta" else device)
         self.levels: ShardedEmbeddingBagCollection = ebc_sharder.shard(
@@ -146,6 +149,23 @@ class ShardedLMAEmbeddingBagCollection(
     @property
     def unsharded_module_type(self) -> type[LMAEmbeddingBagCollection]:
         return LMAEmbeddingBagCollection
+
+
+def _refuse_ranks_without_rows(plan: dict[str, ParameterSharding]) -> None:
+    """Raises ValueError for a table of which a rank gets no row.
+
+    FBGEMM's CPU kernels tell tables apart by where their rows begin, and read past the last one if it has none: wrong
+    gradients, absurd errors or a crash, on any table. A level may well have fewer rows than there are ranks.
+    """
+    for name, sharding in plan.items():
+        shards = sharding.sharding_spec.shards if isinstance(sharding.sharding_spec, EnumerableShardingSpec) else []
+        without = [shard.placement.rank() for shard in shards if shard.shard_sizes[0] == 0]
+        if without:
+            rows = max(shard.shard_offsets[0] + shard.shard_sizes[0] for shard in shards)
+            raise ValueError(
+                f"table {name!r} has {rows} rows, of which {sharding.sharding_type} sharding gives none to ranks "
+                f"{without}, which FBGEMM's CPU kernels do not survive; shard it table_wise or data_parallel"
+            )
 
 
 def _regrouped(
