@@ -56,7 +56,7 @@ def test_the_file_predicts_what_the_float_model_predicts(tmp_path: Path, table: 
     torch.manual_seed(0)
     model = make_dlrm(table)
     for bag in stored_tables(model).embedding_bags.values():
-        bag.weight.data.mul_(10)  # so that a table that is not read, or read wrongly, shows
+        nn.init.normal_(bag.weight)  # so that a table that is not read, or read wrongly, shows
     servable = of_dlrm(model, largest=2**40 if table == "lma" else 500)
     sample = servable.sample
     features = servable_models.KeyedJaggedTensor(
