@@ -276,8 +276,13 @@ def test_communication_in_int8_is_near(allocation: Allocation, sharding: str) ->
 # --- 2D parallelism -------------------------------------------------------------------------------------------------
 
 
-def train_in_2d(allocation: Allocation, sharding: str, steps: int) -> tuple[dict[str, Tensor], str]:
-    """Two replicas, each sharded over two ranks; after each step the replicas' shards are averaged."""
+def train_in_2d(
+    allocation: Allocation, sharding: str, steps: int
+) -> tuple[dict[str, list[tuple[Any, Tensor]]], dict[str, Tensor]]:
+    """Two replicas, each sharded over two ranks; after each step the replicas' shards are averaged.
+
+    Returns the shards of this rank, by their places, and the dense layer.
+    """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     mesh = DeviceMesh("cpu", [[0, 2], [1, 3]], mesh_dim_names=("replicate", "shard"))
     env = ShardingEnv2D(
@@ -385,6 +390,19 @@ def test_checkpoint_loads_under_any_plan_and_world_size(allocation: Allocation, 
         assert_close(stepped, expected)
 
 
+@pytest.mark.parametrize("sharding", ["column_wise", "grid_shard"])
+def test_training_goes_on_from_a_checkpoint_of_column_shards(
+    allocation: Allocation, tmp_path: Path, sharding: str
+) -> None:
+    sizes = ranks_for(sharding)
+    world_size = sizes.pop("world_size")
+    run(save, world_size, allocation, sharding, str(tmp_path / "c"), **sizes)
+    _, stepped = run(load_and_step, world_size, allocation, sharding, str(tmp_path / "c"), **sizes)[0]
+    shards = {name: 2 if shape[1] > 4 else 1 for name, shape in level_shapes(allocation).items()}
+    args = (allocation, world_size, "rowwise_adagrad")
+    assert_close(stepped, train_reference(*args, steps=3, then=[batch(50, 0)], column_shards=shards)[0])
+
+
 @pytest.mark.parametrize("saved", ["column_wise", "table_column_wise", "grid_shard", "data_parallel"])
 def test_weights_load_under_any_plan(allocation: Allocation, tmp_path: Path, saved: str) -> None:
     sizes = ranks_for(saved)
@@ -435,7 +453,6 @@ def test_optimizer_state_moves_as_that_of_plain_tables(allocation: Allocation, t
             outcomes[kind, sharding] = sorted(set(results))
     for sharding in [*TYPES, *sorted(TWO_HOSTS)]:
         assert outcomes["lma", sharding] == outcomes["plain", sharding], f"{saved} -> {sharding}"
-    assert outcomes["lma", saved] == ["done"]
 
 
 def load_errors(allocation: Allocation, other: Allocation, path: str) -> tuple[str, str, bool]:
