@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import List
 
 import torch
 from torch import Tensor
@@ -106,7 +105,7 @@ def check_batch(features: KeyedJaggedTensor, needed: Sequence[str], is_weighted:
 
 
 @torch.fx.wrap
-def checked(features: KeyedJaggedTensor, needed: List[str], is_weighted: bool) -> KeyedJaggedTensor:
+def checked(features: KeyedJaggedTensor, needed: list[str], is_weighted: bool) -> KeyedJaggedTensor:
     """The batch itself, after `check_batch` where Python runs."""
     if not torch.jit.is_scripting() and not torch.compiler.is_compiling():
         check_batch(features, needed, is_weighted)
@@ -114,12 +113,12 @@ def checked(features: KeyedJaggedTensor, needed: List[str], is_weighted: bool) -
 
 
 @torch.fx.wrap
-def take_features(features: KeyedJaggedTensor, names: List[str]) -> KeyedJaggedTensor:
+def take_features(features: KeyedJaggedTensor, names: list[str]) -> KeyedJaggedTensor:
     """The named features in that order; a name may stand there twice. Inverse indices (VBE) are dropped."""
     keys = features.keys()
     if keys == names:
         return features
-    order: List[int] = []
+    order: list[int] = []
     for name in names:
         if name not in keys:
             raise ValueError(f"the KeyedJaggedTensor lacks feature {name}; it has {keys}")
@@ -134,7 +133,7 @@ def ids_per_feature(features: KeyedJaggedTensor) -> Tensor:
 
 
 @torch.fx.wrap
-def bag_ends(features: KeyedJaggedTensor) -> List[int]:
+def bag_ends(features: KeyedJaggedTensor) -> list[int]:
     """Where the bags of each feature begin and end among all bags, [F + 1]."""
     ends = [0]
     for bags in features.stride_per_key():
@@ -143,7 +142,7 @@ def bag_ends(features: KeyedJaggedTensor) -> List[int]:
 
 
 @torch.fx.wrap
-def bag_lengths(features: KeyedJaggedTensor, names: List[str]) -> Tensor:
+def bag_lengths(features: KeyedJaggedTensor, names: list[str]) -> Tensor:
     """How many ids the bags of each named feature have, [B, F]; with VBE of the B rows that inverse indices spread."""
     chosen = take_features(features, names)
     if not torch.jit.is_scripting() and features.variable_stride_per_key():

@@ -7,7 +7,6 @@ arithmetic (it copies the sign bit), which is masked where it matters.
 
 import hashlib
 
-import torch
 from torch import Tensor
 
 

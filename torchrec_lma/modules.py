@@ -369,9 +369,7 @@ def level_tables(
                         name=memory.level_name(k),
                         num_embeddings=level.table_rows,
                         embedding_dim=level.table_width,
-                        feature_names=[
-                            level_key(slot, k, place) for place in range(level.pack) for slot in members
-                        ],
+                        feature_names=[level_key(slot, k, place) for place in range(level.pack) for slot in members],
                         pooling=PoolingType.SUM,
                         data_type=data_type,
                         **initialisation,

@@ -1,7 +1,6 @@
 """Regroup: from pooled levels to the pooled embeddings that full tables would give."""
 
 from collections.abc import Sequence
-from typing import List
 
 import torch
 from torch import Tensor
@@ -34,7 +33,7 @@ def pieces_of(slots: Sequence[Slot], allocation: Allocation) -> tuple[list[list[
 
 
 @torch.fx.wrap
-def regroup(pooled: KeyedTensor, keys: List[List[str]], widths: List[int]) -> Tensor:
+def regroup(pooled: KeyedTensor, keys: list[list[str]], widths: list[int]) -> Tensor:
     """Puts pooled levels side by side, in the order of the output. Scripts.
 
     Args:
@@ -44,7 +43,7 @@ def regroup(pooled: KeyedTensor, keys: List[List[str]], widths: List[int]) -> Te
         float [B, sum of widths].
     """
     of_key = pooled.to_dict()
-    columns: List[Tensor] = []
+    columns: list[Tensor] = []
     for i in range(len(widths)):
         width, places = widths[i], len(keys[i])
         if keys[i][0] == "":
@@ -61,7 +60,7 @@ def regroup(pooled: KeyedTensor, keys: List[List[str]], widths: List[int]) -> Te
 
 
 @torch.fx.wrap
-def divide_by_lengths(pooled: Tensor, lengths: Tensor, is_mean: List[bool], dims: List[int]) -> Tensor:
+def divide_by_lengths(pooled: Tensor, lengths: Tensor, is_mean: list[bool], dims: list[int]) -> Tensor:
     """MEAN pooling of the slots that have it: levels pool SUM. Weighted, that is sum(w_i * e_i) / length, as FBGEMM's.
 
     Args:

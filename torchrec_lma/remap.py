@@ -5,7 +5,7 @@ so an id has the same rows under every plan. Everything scripts, and traces unde
 """
 
 from collections.abc import Sequence
-from typing import Any, Dict, Final, List, Optional, Tuple
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +66,7 @@ class MemoryRemap(nn.Module):
     signatures: Tensor
 
     def __init__(
-        self, memory: MemoryAllocation, slots: Sequence[Slot], num_embeddings: Dict[str, int], seed: int
+        self, memory: MemoryAllocation, slots: Sequence[Slot], num_embeddings: dict[str, int], seed: int
     ) -> None:
         super().__init__()
         self.raw_ids = memory.raw_ids
@@ -82,7 +82,7 @@ class MemoryRemap(nn.Module):
         sizes = [num_embeddings[table] for table in memory.tables]
         positions = sum(sizes)
         self.positions_fit_int32 = positions <= MAX_ROWS
-        owners: List[nn.Module] = []
+        owners: list[nn.Module] = []
         for k, level in enumerate(memory.levels):
             if f"owners.{k}.words" in tensors:
                 owners.append(RankBitmap(tensors[f"owners.{k}.words"]))
@@ -109,8 +109,8 @@ class MemoryRemap(nn.Module):
             self.register_buffer(name, torch.tensor(values, dtype=torch.int64), persistent=False)
 
     def forward(
-        self, ids: Tensor, slot: Tensor, offsets: Tensor, weights: Optional[Tensor]
-    ) -> Tuple[List[Tensor], List[Tensor], List[Tensor], Tensor]:
+        self, ids: Tensor, slot: Tensor, offsets: Tensor, weights: Tensor | None
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
         """
         Args:
             ids: int64 [L], the bags of slot 0, then of slot 1, ...
@@ -131,9 +131,9 @@ class MemoryRemap(nn.Module):
             if self.positions_fit_int32:  # half the bytes, twice the speed
                 position = position.to(torch.int32)
             outside = (~inside).sum()
-        all_rows: List[Tensor] = []
-        all_lengths: List[Tensor] = []
-        all_weights: List[Tensor] = []
+        all_rows: list[Tensor] = []
+        all_lengths: list[Tensor] = []
+        all_weights: list[Tensor] = []
         own = position
         own_offsets, own_weights = offsets, weights
         for k, owners in enumerate(self.owners):
@@ -174,10 +174,10 @@ class MemoryRemap(nn.Module):
         k: int,
         rows: Tensor,
         offsets: Tensor,
-        weights: Optional[Tensor],
-        all_rows: List[Tensor],
-        all_lengths: List[Tensor],
-        all_weights: List[Tensor],
+        weights: Tensor | None,
+        all_rows: list[Tensor],
+        all_lengths: list[Tensor],
+        all_weights: list[Tensor],
     ) -> None:
         pack = self.packs[k]
         for place in range(pack):
@@ -231,8 +231,8 @@ class Remap(nn.Module):
         self.register_buffer("out_of_vocabulary", torch.zeros((), dtype=torch.int64), persistent=False)
         num_embeddings = {table.name: table.num_embeddings for table in allocation.tables}
 
-        self.keys: List[str] = []
-        self.sources: List[int] = []
+        self.keys: list[str] = []
+        self.sources: list[int] = []
         whole = [i for i, slot in enumerate(slots) if slot.table in allocation.whole]
         self.keys += [whole_key(slots[i]) for i in whole]
         self.sources += whole
@@ -241,8 +241,8 @@ class Remap(nn.Module):
         )
         order = list(whole)
         self.n_whole = len(whole)
-        self.memory_slots: List[int] = []
-        memories: Dict[str, nn.Module] = {}
+        self.memory_slots: list[int] = []
+        memories: dict[str, nn.Module] = {}
         for memory in allocation.memories:
             members = [i for table in memory.tables for i, slot in enumerate(slots) if slot.table == table]
             memories[memory.name] = MemoryRemap(
@@ -273,12 +273,12 @@ class Remap(nn.Module):
         bags = bag_ends(batch)
         ends = batch.offset_per_key()
         counts = ids_per_feature(batch)
-        weights: Optional[Tensor] = None
+        weights: Tensor | None = None
         if self.is_weighted:
             weights = batch.weights()
-        all_rows: List[Tensor] = []
-        all_lengths: List[Tensor] = []
-        all_weights: List[Tensor] = []
+        all_rows: list[Tensor] = []
+        all_lengths: list[Tensor] = []
+        all_weights: list[Tensor] = []
         outside = torch.zeros_like(self.out_of_vocabulary)
         first = self.n_whole
         if self.n_whole > 0:
@@ -298,7 +298,7 @@ class Remap(nn.Module):
             slot = torch.arange(end - first, device=ids.device).repeat_interleave(
                 counts[first:end], output_size=of_memory.numel()
             )
-            of_weights: Optional[Tensor] = None
+            of_weights: Tensor | None = None
             if weights is not None:
                 of_weights = weights[begins : ends[end]]
             rows, row_lengths, row_weights, beyond = memory(
@@ -318,7 +318,7 @@ class Remap(nn.Module):
             )
         return _rows_batch(features, self.keys, self.features_of_keys, all_rows, all_lengths, all_weights)
 
-    def check_state_dict(self, state_dict: Dict[str, Any], prefix: str) -> None:
+    def check_state_dict(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Raises ValueError, before anything is loaded, if the state was written under another allocation."""
         if f"{prefix.removesuffix('remap.')}addressing.fingerprint" in state_dict:
             raise ValueError(
@@ -383,14 +383,14 @@ def count_before(chosen: Tensor) -> Tensor:
 @torch.fx.wrap
 def _rows_batch(
     features: KeyedJaggedTensor,
-    keys: List[str],
-    features_of_keys: List[str],
-    rows: List[Tensor],
-    lengths: List[Tensor],
-    weights: List[Tensor],
+    keys: list[str],
+    features_of_keys: list[str],
+    rows: list[Tensor],
+    lengths: list[Tensor],
+    weights: list[Tensor],
 ) -> KeyedJaggedTensor:
     """The batch of rows, with the batch size of `features`, or with VBE those of its features."""
-    all_weights: Optional[Tensor] = None
+    all_weights: Tensor | None = None
     if len(weights) > 0:
         all_weights = torch.cat(weights)
     if not torch.jit.is_scripting() and features.variable_stride_per_key():
