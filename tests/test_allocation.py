@@ -297,10 +297,16 @@ def test_owners_are_nested_and_within_the_budget(
     assert reference_bytes(own, widths, 2, positions) <= max(budget, 0)
 
 
-def by_frequency(rows: Sequence[Row], tables: Sequence[str], seed: int = 0) -> list[tuple[str, int]]:
-    """The (table, id) of some tables, most frequent first, equally frequent ones in the order of their keys."""
+def by_frequency(rows: Sequence[Row], tables: Sequence[str], raw_ids: bool, seed: int = 0) -> list[tuple[str, int]]:
+    """The (table, id) of some tables, most frequent first; equally frequent ones in the order of their keys, or of a
+    vocabulary of their values and then of the tables."""
     count = counted(rows, tables)
-    return sorted(count, key=lambda entry: (-count[entry], reference_key(seed, entry)))
+
+    def place(entry: tuple[str, int]) -> tuple[int, int, int]:
+        table, id = entry
+        return -count[entry], reference_key(seed, entry) if raw_ids else id, list(tables).index(table)
+
+    return sorted(count, key=place)
 
 
 @every_kind_of_ids
@@ -311,7 +317,7 @@ def test_the_most_frequent_ids_own_rows(raw_ids: bool, skew: float) -> None:
     allocation = build(rows, config=LMAConfig(compression, skew=skew, seed=3, raw_ids=raw_ids))
     owned = 0
     for memory in allocation.memories:
-        in_order = by_frequency(rows, memory.tables, seed=3)
+        in_order = by_frequency(rows, memory.tables, raw_ids, seed=3)
         for k, level in enumerate(memory.levels):
             owners = set()
             for name in memory.tables:
@@ -538,7 +544,7 @@ def test_only_ids_that_share_have_signatures_the_frequent_first() -> None:
     config = LMAConfig(compression=150, raw_ids=True)
     allocation = build(rows, tables, config, source=SOURCE, signature_fraction=0.3)
     for memory in allocation.memories:
-        in_order = by_frequency(rows, memory.tables)
+        in_order = by_frequency(rows, memory.tables, raw_ids=True)
         own, n = memory.levels[0].own_rows, memory.tensors["signatures"].size(0)
         assert 0 < own < own + n <= len(in_order)
         for name in memory.tables:

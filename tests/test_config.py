@@ -50,7 +50,7 @@ def test_to_dict_has_every_field() -> None:
         "memory_bytes": 1 << 40,
         "widths": None,
         "data_type": None,
-        "skew": 0.5,
+        "skew": 0.25,
         "seed": 0,
         "raw_ids": False,
     }

@@ -33,10 +33,17 @@ DATA = batch(600, seed=0)
 CONFIG = LMAConfig(compression=16, data_type="FP32", seed=SEED)
 
 
-def occurrences() -> list[tuple[str, int]]:
-    """(table, id), most frequent first, equally frequent ones in the order of their keys."""
+def occurrences(raw_ids: bool = False) -> list[tuple[str, int]]:
+    """(table, id), most frequent first; equally frequent ones in the order of their keys, or of a vocabulary of their
+    values and then of the tables."""
     count = Counter((f"t_{name}", id) for name in N for id in DATA[name].values().tolist())
-    return sorted(count, key=lambda entry: (-count[entry], reference_key(SEED, entry)))
+    tables = [table.name for table in TABLES]
+
+    def place(entry: tuple[str, int]) -> tuple[int, int, int]:
+        table, id = entry
+        return -count[entry], reference_key(SEED, entry) if raw_ids else id, tables.index(table)
+
+    return sorted(count, key=place)
 
 
 class Reference(nn.Module):
@@ -164,7 +171,7 @@ def test_a_setting_is_hot_ids_with_rows_of_their_own(raw_ids: bool, share: float
     (memory,) = allocation.memories
     (level,) = memory.levels
     assert level.own_rows > 5 and abs(level.shared_rows * DIM * 4 / (420 * DIM * 4 / 6) - share) < 0.02
-    hot = occurrences()[: level.own_rows]
+    hot = occurrences(raw_ids)[: level.own_rows]
     ebc = LMAEmbeddingBagCollection(TABLES, allocation)
     rows = {t.name: ebc.rows(t.name, torch.arange(t.num_embeddings))[memory.level_name(0)] for t in TABLES}
     assert sorted(int(rows[table][id]) for table, id in hot) == list(range(level.own_rows))

@@ -34,7 +34,7 @@ def learned() -> LMAEmbeddingBagCollection:
     tables = [table("tiny", 9, 8), table("user", 1000, 8)]
     widths, ids = (2, 4, 2), torch.arange(1000)
     # 10 rows of 16 bytes whole; 1000 + 1 rows of 4, filled up to 501 of 8; a bitmap of 1000 ids; 100 rows of 8.
-    config = LMAConfig(memory_bytes=160 + 501 * 8 + 16 * 12 + 100 * 8 + 4, widths=widths, skew=0)
+    config = LMAConfig(memory_bytes=160 + 501 * 8 + 32 * 8 + 100 * 8 + 4, widths=widths, skew=0)
     builder = AllocationBuilder(tables, config, whole_fraction=160 / 5000)
     allocation = builder.update(
         KeyedJaggedTensor(
@@ -70,7 +70,7 @@ def test_levels_whole_tables_and_bitmaps() -> None:
     assert [(m.name, m.rows, m.weight_bytes, m.optimizer_bytes, m.allocation_bytes, m.full_bytes)
             for m in report.memories] == [
         ("tiny", 10, 160, 40, 0, 288),
-        ("user_lma8", 601, 501 * 8 + 100 * 8, 601 * 4, 16 * 12, 32_000),
+        ("user_lma8", 601, 501 * 8 + 100 * 8, 601 * 4, 32 * 8, 32_000),
     ]  # fmt: skip
     assert report.weight_bytes + report.allocation_bytes <= ebc.config.memory_bytes
     assert report.weight_bytes == sum(p.numel() * p.element_size() for p in ebc.parameters())

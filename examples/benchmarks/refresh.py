@@ -8,17 +8,18 @@ trained for --epochs under the old one; then each of these goes on for one more 
 
 * unchanged: as if nothing happened;
 * new optimizer: the tables' optimizer forgets its state, as it must after a reallocation;
-* reallocated: the memory moves to the new allocation by least squares, with a new optimizer for the tables;
+* reallocated: the weights move to the new allocation by least squares, with a new optimizer for the tables;
 * afresh: new random tables under the new allocation beside the trained layers.
 
 Full tables trained for --epochs are compressed at the same rate, each id weighing alike or by its occurrences plus 1,
-and go on for one more epoch as well. One process on the CPU or one GPU, Adam.
+and go on for one more epoch as well. One process on the CPU or one GPU, Adam, FP32 weights everywhere: plain Adam loses
+the small updates of FP16 weights.
 """
 
 import argparse
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,50 +29,46 @@ from torchmetrics.classification import BinaryAUROC
 from torchrec.datasets.utils import Batch
 from torchrec.models.dlrm import DLRM
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_lma import Allocation, LMAEmbeddingBagCollection, reallocate
 from torchrec_lma.datasets import RowDataset, Vocabulary
-from torchrec_lma.inspection import ObservedIds
 from torchrec_lma.options import (
     add_data_options,
     add_lma_options,
     add_table_options,
     make_builder,
-    make_config,
     make_tables,
     open_dataset,
 )
 from torchrec_lma.text_table import text_table
 
-Prepare = Callable[[KeyedJaggedTensor], KeyedJaggedTensor]
+Tables = EmbeddingBagCollection | LMAEmbeddingBagCollection
 LR = 1e-3
 POINTS = 8  # of the curve, over one epoch
 
 
 class Run:
-    """A model with its optimizers, and what turns the dataset's ids into its input."""
+    """A model with its optimizers; its tables take the ids of a vocabulary."""
 
-    def __init__(self, ebc: EmbeddingBagCollection, args: argparse.Namespace, dense: int, prepare: Prepare) -> None:
+    def __init__(self, ebc: Tables, args: argparse.Namespace, dense: int, vocabulary: Vocabulary) -> None:
         torch.manual_seed(args.seed)
         self.model = DLRM(ebc, dense, [64, args.dim], [128, 64, 1])
         layers = [p for name, p in self.model.named_parameters() if "embedding_bags" not in name]
         self.layers_optimizer = torch.optim.Adam(layers, LR)
-        self.prepare = prepare
+        self.vocabulary = vocabulary
         self.set_tables(ebc)
 
-    def set_tables(self, ebc: EmbeddingBagCollection, prepare: Prepare | None = None) -> None:
+    def set_tables(self, ebc: Tables) -> None:
         """Other tables, with an optimizer that knows nothing of them; the layers and their optimizer stay."""
         self.model.sparse_arch.embedding_bag_collection = ebc
         self.tables_optimizer = torch.optim.Adam(ebc.parameters(), LR)
-        self.prepare = prepare or self.prepare
 
     @property
     def tables(self) -> Any:
         return self.model.sparse_arch.embedding_bag_collection
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        logits = self.model(batch.dense_features, self.prepare(batch.sparse_features)).squeeze(1)
+        logits = self.model(batch.dense_features, self.vocabulary(batch.sparse_features)).squeeze(1)
         return nn.functional.binary_cross_entropy_with_logits(logits, batch.labels), logits
 
     def train(self, batches: Iterator[Batch]) -> None:
@@ -104,6 +101,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of weights and shuffling")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the curves")
+    parser.set_defaults(data_type="FP32")
     return parser.parse_args()
 
 
@@ -112,15 +110,15 @@ def main() -> None:
     dataset = open_dataset(args)
     vocabulary = Vocabulary(dataset.distinct_ids())
     tables = make_tables(args, vocabulary.num_embeddings)
-    old, new, observed = allocations(args, dataset, tables)
-    ids, weights = by_table(observed)
+    old, new, weights = allocations(args, dataset, tables, vocabulary)
+    ids = {name: torch.arange(of_table.numel()) for name, of_table in weights.items()}
     dense = len(dataset.schema.numeric)
 
     def batches(epoch: int) -> Iterator[Batch]:
         return dataset.batches("train", batch_size=args.batch_size, shuffle_seed=args.seed, epoch=epoch)
 
-    def trained(ebc: EmbeddingBagCollection, prepare: Prepare) -> Run:
-        run = Run(ebc, args, dense, prepare)
+    def trained(ebc: Tables) -> Run:
+        run = Run(ebc, args, dense, vocabulary)
         for epoch in range(args.epochs):
             run.train(batches(epoch))
         return run
@@ -134,7 +132,7 @@ def main() -> None:
         return curve
 
     torch.manual_seed(args.seed)
-    lma = trained(LMAEmbeddingBagCollection(tables, old.config, old), lambda features: features)
+    lma = trained(LMAEmbeddingBagCollection(tables, old))
     curves = {}
     unchanged, reset, moved, afresh = (copy.deepcopy(lma) for _ in range(4))
     curves["unchanged"] = one_more_epoch(unchanged)
@@ -145,70 +143,39 @@ def main() -> None:
     moved.set_tables(result.module)
     curves["reallocated"] = one_more_epoch(moved)
     torch.manual_seed(args.seed)
-    afresh.set_tables(LMAEmbeddingBagCollection(tables, new.config, new))
+    afresh.set_tables(LMAEmbeddingBagCollection(tables, new))
     curves["afresh"] = one_more_epoch(afresh)
 
-    full = trained(EmbeddingBagCollection(tables), vocabulary)
+    full = trained(EmbeddingBagCollection(tables))
+    torch.manual_seed(args.seed)
+    from_the_start = trained(LMAEmbeddingBagCollection(tables, new))
+    curves["LMA tables from the start"] = one_more_epoch(from_the_start)
     curves["full tables"] = one_more_epoch(copy.deepcopy(full))
-    rows = row_ids(vocabulary, tables)
-    row_weights = {name: occurrences_of(rows[name], ids[name], weights[name]) for name in rows}
-    for name, id_weights in (("compressed, alike", None), ("compressed, weighted", row_weights)):
+    for name, id_weights in (("compressed, alike", None), ("compressed, weighted", weights)):
         torch.manual_seed(args.seed)
         compressed = copy.deepcopy(full)
-        compressed.set_tables(
-            LMAEmbeddingBagCollection.from_embedding_bag_collection(full.tables, new.config, new, id_weights, rows),
-            lambda features: features,
-        )
+        compressed.set_tables(LMAEmbeddingBagCollection.from_embedding_bag_collection(full.tables, new, id_weights))
         curves[name] = one_more_epoch(compressed)
     report(args, curves, result.changes)
 
 
 def allocations(
-    args: argparse.Namespace, dataset: RowDataset, tables: list
-) -> tuple[Allocation, Allocation, ObservedIds]:
-    """From the first half of the training rows, from all of them, and the ids of all of them."""
+    args: argparse.Namespace, dataset: RowDataset, tables: list, vocabulary: Vocabulary
+) -> tuple[Allocation, Allocation, dict[str, Tensor]]:
+    """From the first half of the training rows, from all of them, and how often each id occurs in these, plus 1."""
     builder, old = make_builder(args, tables), None
     n_batches = dataset.num_batches("train", 4096)
-
-    def features() -> Iterator[KeyedJaggedTensor]:
-        """All training rows, which the builder sees on their way."""
-        nonlocal old
-        for number, batch in enumerate(dataset.batches("train", batch_size=4096), 1):
-            builder.update(batch.sparse_features)
-            if number == max(1, n_batches // 2):
-                old = builder.build()
-            yield batch.sparse_features
-
-    table_of_feature = {table.feature_names[0]: table.name for table in tables}
-    observed = ObservedIds(features(), table_of_feature, make_config(args).seed, max_rows=None)
+    weights = {table.name: torch.ones(table.num_embeddings, dtype=torch.int64) for table in tables}
+    for number, batch in enumerate(dataset.batches("train", batch_size=4096), 1):
+        features = vocabulary(batch.sparse_features)
+        builder.update(features)
+        for table in tables:
+            ids = features[table.feature_names[0]].values()
+            weights[table.name] += torch.bincount(ids, minlength=table.num_embeddings)
+        if number == max(1, n_batches // 2):
+            old = builder.build()
     assert old is not None
-    return old, builder.build(), observed
-
-
-def by_table(observed: ObservedIds) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The ids of each table and how often each occurs, plus 1."""
-    ids, weights = {}, {}
-    for index, name in enumerate(observed.tables):
-        ids[name] = observed.ids[observed.table == index]
-        weights[name] = observed.count[observed.table == index] + 1
-    return ids, weights
-
-
-def row_ids(vocabulary: Vocabulary, tables: list) -> dict[str, Tensor]:
-    """The raw id of each row of the full tables; row 0, of unknown ids, stands for an id of its own."""
-    ids = {}
-    for table in tables:
-        known = vocabulary.ids[table.feature_names[0]]
-        ids[table.name] = torch.cat([torch.tensor([torch.iinfo(torch.int64).min]), known])
-    return ids
-
-
-def occurrences_of(rows: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    """The weight of each row's id; 0 for row 0, which no training row uses."""
-    ids, order = torch.sort(ids)
-    out = weights[order][torch.searchsorted(ids, rows).clamp(max=ids.numel() - 1)]
-    out[0] = 0
-    return out
+    return old, builder.build(), weights
 
 
 def report(args: argparse.Namespace, curves: dict[str, list[dict[str, float]]], changes: tuple) -> None:
