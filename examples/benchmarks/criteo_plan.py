@@ -1,8 +1,9 @@
 """Does a DLRM for Criteo's Terabyte logs fit on these devices? A sharding plan for full and for LMA tables.
 
-Only plans: the model is on the meta device, no table is allocated and no GPU is needed. An allocation with signatures
-takes a share of LMA's budget, and every device and, once more for each rank, its host hold all of it; here it is a
-number of bytes, not built. The sizes of the 26 tables are published ones:
+Only plans, by TorchRec's own planner: the model is on the meta device, no table is allocated and no GPU is needed. The
+allocation is a sketch, for no counts of the 883 million values are at hand: it is built for tables a thousand times
+smaller, whose ids occur by Zipf's law in a thousand times fewer rows, and given a thousand times the rows. Its bytes,
+which every device holds, are real; who owns what is not. The sizes of the 26 tables are published ones:
 
 * unclipped: every value of the 24 days that occurs has a row, 882,774,559 together (the cardinalities used by NVIDIA's,
   OneFlow's and Hetu's DLRM examples).
@@ -20,11 +21,16 @@ import logging
 import os
 import warnings
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torchrec.distributed.planner import ParameterConstraints, Topology
+from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
+from torchrec.distributed.planner.shard_estimators import EmbeddingPerfEstimator, EmbeddingStorageEstimator
+from torchrec.distributed.planner.stats import EmbeddingStats
 from torchrec.distributed.planner.types import PlannerError, ShardingOption, Stats
 from torchrec.distributed.types import PipelineType
 from torchrec.models.dlrm import DLRM
@@ -33,14 +39,11 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.optim import RowWiseAdagrad
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
-from torchrec_lma import (
-    AllocationBuilder,
-    LMAConfig,
-    LMAEmbeddingBagCollection,
-    LMAEmbeddingShardingPlanner,
-    get_default_sharders,
-)
-from torchrec_lma.distributed import LMAEmbeddingStats
+from torchrec_lma import Allocation, AllocationBuilder, LMAConfig, LMAEmbeddingBagCollection, get_default_sharders
+from torchrec_lma.allocation import MemoryAllocation
+from torchrec_lma.allocation.artifact import all_tables
+from torchrec_lma.allocation.layout import lay_out
+from torchrec_lma.distributed import level_constraints
 from torchrec_lma.text_table import text_table
 
 # fmt: off
@@ -61,6 +64,9 @@ OPTIMIZERS = {
     "adagrad": torch.optim.Adagrad,
     "adam": torch.optim.Adam,
 }
+SCALE = 1000
+ROWS = 4_373_472_329  # of the 24 days
+ZIPF = 1.05
 GB = 2**30  # as TorchRec's planner prints it
 META = torch.device("meta")
 
@@ -92,8 +98,34 @@ class Plan(Stats):
         return dict(Counter(f"{option.sharding_type}, {option.compute_kernel}" for option in self.options))
 
 
-def allocation_bytes(args: argparse.Namespace) -> int:
-    return int(sum(SIZES[args.sizes]) * args.dim * 4 / args.compression * args.allocation_fraction)
+def sketched(tables: list[EmbeddingBagConfig], config: LMAConfig) -> Allocation:
+    """The allocation of tables a SCALE smaller, with SCALE times the rows."""
+    small = [replace(table, num_embeddings=max(1, table.num_embeddings // SCALE)) for table in tables]
+    builder = AllocationBuilder(small, config, max_ids=sum(table.num_embeddings for table in small))
+    for table in small:
+        n = table.num_embeddings
+        edges = np.arange(1, n + 2, dtype=np.float64) ** (1 - ZIPF)
+        share = np.diff(edges) / (edges[-1] - edges[0])
+        builder.add_counts(table.name, np.arange(n), np.maximum(1, np.rint(share * ROWS / SCALE)).astype(np.int64))
+    built = builder.build()
+    sizes = {table.name: table.num_embeddings for table in tables}
+    memories = [scaled(memory, sizes) for memory in built.memories]
+    specs = all_tables(tables, lay_out(tables, config))
+    return Allocation(config, specs, built.whole, tuple(memories), built.provenance)
+
+
+def scaled(memory: MemoryAllocation, sizes: dict[str, int]) -> MemoryAllocation:
+    """SCALE times the rows, and bitmaps of that size in which nobody is marked: a plan does not look into them."""
+    levels, tensors = [], {}
+    positions = sum(sizes[table] for table in memory.tables)
+    for k, level in enumerate(memory.levels):
+        words = f"owners.{k}.words" in memory.tensors
+        own_rows = min(level.own_rows * SCALE, positions) if words or not level.own_rows else positions
+        if words:
+            tensors[f"owners.{k}.words"] = torch.zeros(-(-positions // 64), dtype=torch.int64)
+        levels.append(replace(level, own_rows=own_rows, shared_rows=level.shared_rows * SCALE))
+        positions = own_rows
+    return replace(memory, levels=tuple(levels), tensors=tensors)
 
 
 def make_model(args: argparse.Namespace, kind: str) -> DLRM:
@@ -101,10 +133,9 @@ def make_model(args: argparse.Namespace, kind: str) -> DLRM:
         EmbeddingBagConfig(name=f"t_{i}", num_embeddings=size, embedding_dim=args.dim, feature_names=[f"cat_{i}"])
         for i, size in enumerate(SIZES[args.sizes])
     ]
+    ebc: EmbeddingBagCollection | LMAEmbeddingBagCollection
     if kind == "lma":
-        budget = sum(SIZES[args.sizes]) * args.dim * 4 / args.compression
-        config = LMAConfig(memory_bytes=int(budget) - allocation_bytes(args), chunk_dim=args.chunk_dim)
-        ebc: EmbeddingBagCollection = LMAEmbeddingBagCollection(tables, config, device=META)
+        ebc = LMAEmbeddingBagCollection(tables, sketched(tables, LMAConfig(args.compression)), device=META)
     else:
         ebc = EmbeddingBagCollection(tables=tables, device=META)
     apply_optimizer_in_backward(OPTIMIZERS[args.optimizer], ebc.parameters(), {"lr": 0.01})
@@ -121,42 +152,44 @@ def plan(args: argparse.Namespace, kind: str) -> dict[str, Any]:
     model = make_model(args, kind)
     collection = model.sparse_arch.embedding_bag_collection
     kernels = None if args.uvm else ["fused", "dense"]
-    constraints = {
-        table.name: ParameterConstraints(compute_kernels=kernels) for table in collection.embedding_bag_configs()
-    }
+    given = {table.name: ParameterConstraints(compute_kernels=kernels) for table in collection.embedding_bag_configs()}
     found = Plan()
     local_devices = min(args.devices, args.local_devices)
-    held_bytes = allocation_bytes(args) if kind == "lma" else 0  # on every device, and by its rank on the host
-    planner = LMAEmbeddingShardingPlanner(
-        topology=Topology(
-            world_size=args.devices,
-            local_world_size=local_devices,
-            compute_device="cuda",
-            hbm_cap=int(args.device_gb * GB) - held_bytes,
-            ddr_cap=int(args.host_gb * GB) - held_bytes,
-        ),
-        batch_size=args.batch_size,
-        constraints=constraints,
-        pipeline_type=PipelineType.TRAIN_SPARSE_DIST,
-        stats=[found, LMAEmbeddingStats()],
+    held_bytes = collection.allocation.nbytes if kind == "lma" else 0  # on every device
+    topology = Topology(
+        world_size=args.devices,
+        local_world_size=local_devices,
+        compute_device="cuda",
+        hbm_cap=int(args.device_gb * GB) - held_bytes,
+        ddr_cap=int(args.host_gb * GB),
     )
-    weight_bytes = sum(p.nbytes for p in collection.parameters())
+    constraints = level_constraints(model, given)
+    storage = EmbeddingStorageEstimator(
+        topology=topology, constraints=constraints, pipeline_type=PipelineType.TRAIN_SPARSE_DIST
+    )
+    performance = EmbeddingPerfEstimator(topology=topology, constraints=constraints)
+    planner = EmbeddingShardingPlanner(
+        topology=topology,
+        batch_size=args.batch_size,
+        enumerator=EmbeddingEnumerator(topology, args.batch_size, constraints, [performance, storage]),
+        constraints=constraints,
+        stats=[found, EmbeddingStats()],
+    )
     result: dict[str, Any] = {
         "tables": kind,
-        "weight_bytes": weight_bytes,
+        "weight_bytes": sum(p.nbytes for p in collection.parameters()),
         "allocation_bytes": held_bytes,
+        "rows": {name.split(".")[-2]: list(p.shape) for name, p in collection.named_parameters()},
         "fits": True,
     }
     try:
         planner.plan(model, get_default_sharders())
     except PlannerError as error:
         return result | {"fits": False, "error": str(error).split("\n")[0].strip()}
-    device_bytes = [held_bytes + nbytes for nbytes in found.bytes_by_rank("hbm", args.devices)]
-    rank_bytes = [held_bytes + nbytes for nbytes in found.bytes_by_rank("ddr", args.devices)]
+    host_bytes = found.bytes_by_rank("ddr", args.devices)
     return result | {
-        "fits": True,
-        "device_bytes": device_bytes,
-        "host_bytes": [sum(rank_bytes[i : i + local_devices]) for i in range(0, args.devices, local_devices)],
+        "device_bytes": [held_bytes + nbytes for nbytes in found.bytes_by_rank("hbm", args.devices)],
+        "host_bytes": [sum(host_bytes[i : i + local_devices]) for i in range(0, args.devices, local_devices)],
         "device_ms": found.ms_by_rank(args.devices),
         "shardings": found.shardings(),
     }
@@ -167,13 +200,6 @@ def main() -> None:
     parser.add_argument("--sizes", choices=SIZES, default="unclipped", help="of the tables (default: %(default)s)")
     parser.add_argument("--dim", type=int, default=128, help="of the embeddings (default: %(default)s)")
     parser.add_argument("--compression", type=float, default=16, help="of LMA (default: %(default)s)")
-    parser.add_argument("--chunk-dim", type=int, default=4, help="of LMA (default: %(default)s)")
-    parser.add_argument(
-        "--allocation-fraction",
-        type=float,
-        default=AllocationBuilder.SIGNATURE_FRACTION,
-        help="of LMA's budget, for signatures; 0 hashes every id (default: %(default)s, AllocationBuilder's)",
-    )
     parser.add_argument(
         "--optimizer", choices=OPTIMIZERS, default="rowwise-adagrad", help="of the tables (default: %(default)s)"
     )
@@ -196,8 +222,7 @@ def main() -> None:
     sizes = SIZES[args.sizes]
     print(
         f"{sum(sizes):,} rows of dim {args.dim} in {len(sizes)} tables, {args.optimizer}, {args.devices} devices of "
-        f"{args.device_gb:g} GB, {args.batch_size} rows on each; LMA at {args.compression:g}x, chunks of "
-        f"{args.chunk_dim}. GB are 2^30 bytes."
+        f"{args.device_gb:g} GB, {args.batch_size} rows on each; LMA at {args.compression:g}x. GB are 2^30 bytes."
     )
     print(
         text_table(
