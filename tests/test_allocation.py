@@ -552,6 +552,19 @@ def test_only_ids_that_share_have_signatures_the_frequent_first() -> None:
             assert ids["with_signature"] == sum(t == name for t, _ in in_order[own : own + n])
 
 
+@every_kind_of_ids
+def test_bytes_that_no_signature_takes_go_to_rows(raw_ids: bool) -> None:
+    """Ids in three rows or more have signatures, but those all own rows."""
+    rows: list[Row] = [{"user": [i % 60]} for i in range(600)] + [{"user": [100 + i], "item": [i]} for i in range(400)]
+    config = LMAConfig(compression=60, raw_ids=raw_ids)
+    tables = [table("user", num_embeddings=3000), table("item")]
+    without = build(rows, tables, config)
+    (level, *_) = without.memories[0].levels
+    assert 60 < level.own_rows < 460 and level.shared_rows
+    with_source = build(rows, tables, config, source=RowsMinHash(min_support=3), signature_fraction=0.5)
+    assert with_source.fingerprint == without.fingerprint
+
+
 def test_without_a_source_there_are_no_signatures() -> None:
     for source in (None, {}, {"user": None}):
         allocation = build(some_rows(50), config=LMAConfig(compression=700), source=source, signature_fraction=0.9)

@@ -330,22 +330,27 @@ class AllocationBuilder:
         by_frequency = by_tie[torch.sort(ids.count[by_tie], descending=True, stable=True).indices]
         seen = by_frequency[ids.count[by_frequency] > 0]
 
-        levels, signature_bytes = choose_levels(
-            layout,
-            ids.count[seen].numpy(),
-            n_positions,
-            budget,
-            self.config.skew,
-            self.shared_fraction,
-            self._signature_bytes(ids, n_positions, budget),
-        )
+        sharing, signature_bytes = by_frequency, budget + 1
+        for _ in range(2):  # again where those who share need fewer bytes for signatures than were kept for them
+            wanted = self._signature_bytes(ids, sharing, n_positions, budget)
+            if wanted >= signature_bytes:
+                break
+            levels, signature_bytes = choose_levels(
+                layout,
+                ids.count[seen].numpy(),
+                n_positions,
+                budget,
+                self.config.skew,
+                self.shared_fraction,
+                wanted,
+            )
+            is_owner = torch.zeros_like(ids.eligible)
+            is_owner[seen[: levels[0].own_rows]] = True
+            sharing = by_frequency[~is_owner[by_frequency]]
         levels, tensors, owns = place_owners(
             levels, ids.keys[seen], None if positions is None else positions[seen], n_positions
         )
         owners = seen[owns]
-        is_owner = torch.zeros_like(ids.eligible)
-        is_owner[owners] = True
-        sharing = by_frequency[~is_owner[by_frequency]]
         signed = self._sign(levels, ids, sharing, positions, n_positions, signature_bytes, rows, tensors)
         agreeing = _agreeing(tensors["signatures"]) if signed.numel() else torch.zeros(0, dtype=torch.bool)
         for table in tables:
@@ -415,12 +420,14 @@ class AllocationBuilder:
         salts = torch.tensor([self._salts[name] for name in self._table_names])
         return unmix64(ids.keys) ^ salts[ids.table.long()]
 
-    def _signature_bytes(self, ids: "_Ids", n_positions: int | None, budget: int) -> int:
-        """What to keep for signatures: their share of the budget, or what all that there can be would take."""
-        num_values = self._num_values(ids.table[ids.eligible])
-        n = int(ids.eligible.sum())
-        at_most = _set_bytes(n, n_positions) + 4 * num_values * n
-        return min(at_most, int(self.signature_fraction * budget)) if n else 0
+    def _signature_bytes(self, ids: "_Ids", sharing: Tensor, n_positions: int | None, budget: int) -> int:
+        """What to keep for the signatures of some ids: their share of the budget, or what all of them would take."""
+        eligible = sharing[ids.eligible[sharing]]
+        if eligible.numel() == 0:
+            return 0
+        values_bytes = 4 * self._num_values(ids.table[eligible]) * eligible.numel()
+        at_most = _set_bytes(eligible.numel(), n_positions) + values_bytes
+        return min(at_most, int(self.signature_fraction * budget))
 
     def _num_values(self, tables: Tensor) -> int:
         """The largest K of the sources of some tables, given by index."""
