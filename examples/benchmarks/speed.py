@@ -34,7 +34,9 @@ from torchrec.datasets.utils import Batch
 from torchrec.distributed.comm import get_local_size
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+from torchrec.distributed.sharding_plan import construct_module_sharding_plan, row_wise
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.distributed.types import ShardingPlan
 from torchrec.models.dlrm import DLRM, DLRMTrain
 from torchrec.modules.mc_embedding_modules import ManagedCollisionEmbeddingBagCollection
 from torchrec.modules.mc_modules import (
@@ -188,16 +190,23 @@ def shard(model: nn.Module, ebc: nn.Module, batch_size: int) -> DistributedModel
     apply_optimizer_in_backward(RowWiseAdagrad, ebc.parameters(), {"lr": 0.01})
     world_size = dist.get_world_size()
     topology = Topology(world_size=world_size, local_world_size=get_local_size(world_size), compute_device="cpu")
-    inner = getattr(ebc, "levels", getattr(ebc, "_embedding_module", ebc))
-    # Data-parallel tables would have no fused optimizer, and managed collision has row-wise sharding only.
-    types = ["row_wise"] if isinstance(ebc, ManagedCollisionEmbeddingBagCollection) else ["table_wise", "column_wise"]
+    sharders = get_default_sharders()
+    if isinstance(ebc, ManagedCollisionEmbeddingBagCollection):
+        # Row-wise is the only type it has, and the planner does not plan that on the CPU.
+        sharder = next(each for each in sharders if each.module_type is type(ebc))
+        by_table = {name: row_wise(compute_kernel="fused") for name in sharder.shardable_parameters(ebc)}
+        sizes = {"world_size": world_size, "local_size": world_size, "device_type": "cpu"}
+        plan = ShardingPlan({"ebc": construct_module_sharding_plan(ebc, by_table, sharder=sharder, **sizes)})
+        return DistributedModelParallel(model, device=torch.device("cpu"), plan=plan, sharders=sharders)
+    inner = getattr(ebc, "levels", ebc)
+    # Data-parallel tables would have no fused optimizer.
     constraints = {
-        table.name: ParameterConstraints(sharding_types=types, compute_kernels=["fused"])
+        table.name: ParameterConstraints(sharding_types=["table_wise", "column_wise"], compute_kernels=["fused"])
         for table in inner.embedding_bag_configs()
     }
     planner = EmbeddingShardingPlanner(topology=topology, batch_size=batch_size, constraints=constraints)
-    plan = planner.collective_plan(model, get_default_sharders(), dist.GroupMember.WORLD)
-    return DistributedModelParallel(model, device=torch.device("cpu"), plan=plan, sharders=get_default_sharders())
+    plan = planner.collective_plan(model, sharders, dist.GroupMember.WORLD)
+    return DistributedModelParallel(model, device=torch.device("cpu"), plan=plan, sharders=sharders)
 
 
 def time_embeddings(found: list[Method], workload: Workload, repeats: int, warm_up: int) -> None:
