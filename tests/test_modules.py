@@ -112,6 +112,7 @@ def test_half_precision_weights(data_type: str, weighted: bool) -> None:
     torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-3)
     found.sum().backward()
     assert all(p.grad is not None for p in ebc.parameters())
+    torch.testing.assert_close(ebc.float()(features).values(), expected, rtol=2e-2, atol=2e-3)
 
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
@@ -260,6 +261,12 @@ def changed(**changes: Any) -> KeyedJaggedTensor:
     ("features", "error", "said"),
     [
         (lambda: changed(keys=["user", "item", "night"]), ValueError, r"lacks features \['day'\]"),
+        (lambda: changed(keys=["user", "item", "user"]), ValueError, r"lacks features \['day'\]"),
+        (
+            lambda: KeyedJaggedTensor([*FEATURES, "user"], torch.arange(4), lengths=torch.ones(4).long()),
+            ValueError,
+            "twice",
+        ),
         (lambda: changed(values=batch().values().float()), TypeError, "ids of torch.float32; expected integers"),
         (lambda: changed(values=batch().values() > 3), TypeError, "torch.bool"),
         (lambda: changed(values=batch().values()[:-1]), ValueError, r"add up to \d+ and \d+ values"),

@@ -70,6 +70,9 @@ def check_batch(features: KeyedJaggedTensor, needed: Sequence[str], is_weighted:
     missing = sorted(set(needed) - set(keys))
     if missing:
         raise ValueError(f"the KeyedJaggedTensor lacks features {missing}; it has {list(keys)}")
+    if len(set(keys)) != len(keys):
+        twice = sorted({key for key in keys if keys.count(key) > 1})
+        raise ValueError(f"the KeyedJaggedTensor has features {twice} twice; give each one once")
     if features.values().dtype not in ID_TYPES:
         to_int64(features.values(), "the KeyedJaggedTensor")  # raises
     lengths, n_ids = features.lengths(), features.values().numel()

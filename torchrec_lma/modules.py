@@ -127,7 +127,7 @@ class LMAEmbeddingBagCollection(EmbeddingBagCollectionInterface):
                 _warn_of_missing_sharder()
             # nn.EmbeddingBag wants weights of its own type; FBGEMM's kernels take float32.
             if self._is_weighted and type(self.levels) is EmbeddingBagCollection:
-                rows = cast_weights(rows, self._weight_dtype)
+                rows = cast_weights(rows, next(self.levels.parameters()).dtype)
         pooled = self.levels(rows)
         values = regroup(pooled, self._piece_keys, self._piece_widths)
         if self._has_mean:
