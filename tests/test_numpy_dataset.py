@@ -72,8 +72,8 @@ def test_the_command_reads_numpy_columns(columns: dict[str, np.ndarray], tmp_pat
 @pytest.mark.parametrize(
     "options, said",
     [
-        (["--context", "user", "color"], "--context color: no such column; choose from ['user', 'tags', 'city']"),
-        (["--memory-bytes", "8"], "one row of dim 8 takes 32"),
+        (["--widths", "4", "8"], "widths (4, 8) add up to 12"),
+        (["--memory-bytes", "4"], "bytes, in which not one row of 8 columns"),
         (["--out", "."], "--out . is a directory"),
     ],
 )

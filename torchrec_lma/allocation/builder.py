@@ -13,7 +13,15 @@ from torchrec_lma.allocation.artifact import Allocation, MemoryAllocation, all_t
 from torchrec_lma.allocation.bitmap import bitmap_bytes, build_bitmap
 from torchrec_lma.allocation.frequency import IdFrequency
 from torchrec_lma.allocation.index import build_index
-from torchrec_lma.allocation.layout import Level, MemoryLayout, TableSpec, check_rows, kernel_takes, lay_out
+from torchrec_lma.allocation.layout import (
+    KERNEL_WIDTH,
+    Level,
+    MemoryLayout,
+    TableSpec,
+    check_rows,
+    kernel_takes,
+    lay_out,
+)
 from torchrec_lma.allocation.ownership import SHARED_FRACTION, choose_levels, place_owners
 from torchrec_lma.allocation.sample import Rows, RowSample
 from torchrec_lma.allocation.sources import ContextMinHash, RowsMinHash, RowsSource, SimHash, Source
@@ -84,6 +92,9 @@ class AllocationBuilder:
         check_int("max_ids", max_ids, minimum=1)
         self.config = config
         self._layouts = lay_out(tables, config)
+        least = KERNEL_WIDTH * self._layouts[0].value_bytes  # no table has a row of less
+        if sum(layout.budget_bytes for layout in self._layouts) < least:  # said before a pass over the data
+            check_rows(self._layouts[0], 0)
         self._tables = all_tables(tables, self._layouts)
         self._slots = slots_of(tables)
         self._features = [slot.feature for slot in self._slots]
