@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -316,3 +317,10 @@ def test_inference_mode() -> None:
         assert torch.equal(ebc(batch()).values(), expected)
         made_here = collection()
         assert torch.equal(made_here(batch()).values(), expected)
+
+
+def test_the_snippet_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    exec(readme.partition("```python\n")[2].partition("```")[0], {})
+    printed = capsys.readouterr().out
+    assert "torch.Size([256, 64])" in printed and "total" in printed
