@@ -19,7 +19,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -155,7 +155,8 @@ class Method:
         self.times.setdefault(what, []).append(seconds)
 
 
-def methods(workload: Workload, allocations: dict[str, Allocation], with_others: bool) -> list[Method]:
+def methods(workload: Workload, allocations: dict[str, Allocation], beside: Sequence[str]) -> list[Method]:
+    """LMA tables of each allocation, beside those of these names; the first is what the others are compared with."""
     meta = torch.device("meta")
     small = workload.tables(divide_by=COMPRESSION)
 
@@ -175,15 +176,17 @@ def methods(workload: Workload, allocations: dict[str, Allocation], with_others:
             EmbeddingBagCollection(tables, device=meta), ManagedCollisionCollection(modules, tables)
         )
 
-    found = [Method("full", lambda: EmbeddingBagCollection(workload.tables(), device=meta))]
-    for name, allocation in allocations.items():
-        found.append(Method(name, lambda a=allocation: LMAEmbeddingBagCollection(workload.tables(), a, device=meta)))
-    if with_others:
-        found.append(
-            Method("hashing trick", lambda: EmbeddingBagCollection(small, device=meta), lambda x: hashed(x, small))
-        )
-        found.append(Method("managed collision", managed_collision))
-    return found
+    lma = [
+        Method(name, lambda a=allocation: LMAEmbeddingBagCollection(workload.tables(), a, device=meta))
+        for name, allocation in allocations.items()
+    ]
+    others = [
+        Method("full", lambda: EmbeddingBagCollection(workload.tables(), device=meta)),
+        Method("hashing trick", lambda: EmbeddingBagCollection(small, device=meta), lambda x: hashed(x, small)),
+        Method("managed collision", managed_collision),
+    ]
+    full, *rest = (method if method.name in beside else None for method in others)
+    return [method for method in (full, *lma, *rest) if method is not None]
 
 
 def shard(model: nn.Module, ebc: nn.Module, batch_size: int) -> DistributedModelParallel:
@@ -281,7 +284,7 @@ def _on_rank(rank: int, world_size: int, store: str, allocations: str, job: dict
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     workload = Workload(**job["workload"])
     loaded = {name: Allocation.load(Path(allocations) / f"{i}.lma") for i, name in enumerate(job["allocations"])}
-    found = methods(workload, loaded, job["with_others"])
+    found = methods(workload, loaded, job["beside"])
     if world_size == 1:
         time_embeddings(found, workload, job["repeats"], job["warm_up"])
         gc.collect()
@@ -299,7 +302,7 @@ def measure(workload: Workload, allocations: dict[str, Allocation], world_size: 
         job = {
             "workload": vars(workload),
             "allocations": list(allocations),
-            "with_others": args.with_others,
+            "beside": args.beside,
             "repeats": args.repeats,
             "warm_up": args.warm_up,
             "threads": args.threads,
@@ -341,17 +344,15 @@ def show(rows: list[dict[str, Any]]) -> str:
 
 
 def id_space(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One memory for 10^6, 10^8 and 10^10 raw ids: the step should not grow with the id space."""
-    found = {}
-    for exponent in (6, 8, 10):
-        sizes = (10**exponent // 26,) * 26
-        workload = Workload(sizes, 1, args.batch_size)
-        config = LMAConfig(memory_bytes=16 << 20, raw_ids=True)
-        found[f"10^{exponent} ids"] = (workload, build(workload, config))
+    """One memory of 16 MiB for 10^6, 10^8 and 10^10 raw ids, of which 50 batches are counted."""
     rows = []
-    for name, (workload, allocation) in found.items():
-        row = measure(workload, {name: allocation}, 1, argparse.Namespace(**vars(args) | {"with_others": False}))
-        rows.append(row[-1])
+    for exponent in (6, 8, 10):
+        workload = Workload((10**exponent // 26,) * 26, 1, args.batch_size)
+        builder = AllocationBuilder(workload.tables(), LMAConfig(memory_bytes=16 << 20, raw_ids=True))
+        for seed in range(50):
+            builder.update(workload.batch(10_000 + seed))
+        args.beside = []
+        rows += measure(workload, {f"10^{exponent} ids": builder.build()}, 1, args)
     return rows
 
 
@@ -369,11 +370,19 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, help="of each rank (default: the cores, shared by the ranks)")
     parser.add_argument("--raw-ids", action="store_true", help="also LMA tables of raw ids")
-    parser.add_argument("--no-others", dest="with_others", action="store_false", help="only full and LMA tables")
+    others = ["full", "hashing trick", "managed collision"]
+    parser.add_argument(
+        "--beside", nargs="*", choices=others, default=others, help="other tables to time (default: all)"
+    )
+    parser.add_argument("--id-space", action="store_true", help="only the step as the id space grows at one memory")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--warm-up", type=int, default=5)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    if args.id_space:
+        rows = id_space(args)
+        print(json.dumps(rows) if args.json else show(rows))
+        return
     records = []
     for name in args.workload:
         for pooling in args.pooling:
