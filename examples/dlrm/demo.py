@@ -38,7 +38,7 @@ KINDS = {
 }
 TRAINING = "--batch-size 128 --epochs 8 --patience 3".split()
 SEARCHED = (0.02, 0.05, 0.1, 0.2)  # of the tables; the layers have the same one for all kinds
-LEARNING_RATES = {"full": 0.05, "smaller dim": 0.1, "LMA": 0.05}  # what the search found
+LEARNING_RATES = {"full": 0.05, "smaller dim": 0.1, "LMA": 0.2}  # what the search found
 
 
 def torchx(component: str, options: list[str], arguments: list[str], log: Path) -> None:
