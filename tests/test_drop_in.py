@@ -40,6 +40,12 @@ from torchrec.modules.embedding_tower import EmbeddingTower
 from torchrec.modules.feature_processor_ import PositionWeightedModule
 from torchrec.modules.fp_embedding_modules import FeatureProcessedEmbeddingBagCollection
 from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection, fuse_embedding_optimizer
+from torchrec.modules.mc_embedding_modules import ManagedCollisionEmbeddingBagCollection
+from torchrec.modules.mc_modules import (
+    DistanceLFU_EvictionPolicy,
+    ManagedCollisionCollection,
+    MCHManagedCollisionModule,
+)
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
 from torchrec_lma import (
@@ -182,28 +188,51 @@ def test_feature_processors_around_a_collection() -> None:
     near(module(given).values(), pooled(module._embedding_bag_collection, given, processed_weights(given)))
 
 
-def shard_feature_processed() -> tuple[str, Tensor, Tensor, list[str]]:
+def shard_feature_processed() -> tuple[list[str], Tensor, Tensor, list[str]]:
     given = features(2)
     model = nn.Sequential(feature_processed())
     expected = pooled(model[0]._embedding_bag_collection, given, processed_weights(given))
-    try:
-        sharded(model)
-        said = "no error"
-    except AttributeError as error:
-        said = str(error)
-    dmp = sharded(nn.Sequential(feature_processed()), [LMAEmbeddingBagCollectionSharder()])
-    return said, dmp(given).values().detach(), expected, sharded_types(dmp)
+    said = []
+    for sharders in (None, get_torchrec_sharders()):
+        with pytest.raises((NotImplementedError, AttributeError)) as error:
+            sharded(model, sharders)
+        said.append(str(error.value))
+    dmp = sharded(model, [LMAEmbeddingBagCollectionSharder()])
+    with pytest.raises(ValueError, match="weights that require gradients") as refused:
+        dmp(given)
+    dmp.module[0]._feature_processors.requires_grad_(False)
+    return [*said, str(refused.value)], dmp(given).values().detach(), expected, sharded_types(dmp)
 
 
 def sharded_types(model: nn.Module) -> list[str]:
     return [type(m).__name__ for m in model.modules() if type(m).__name__.startswith("Sharded")]
 
 
-def test_sharder_of_feature_processed_collections_refuses_lma_and_says_what_to_do() -> None:
+def test_feature_processors_around_a_sharded_collection_are_not_left_untrained() -> None:
     said, found, expected, types = run(shard_feature_processed, 1)[0]
-    assert "leave that out of the sharders" in said
+    assert "would not be trained" in said[0] and "get_default_sharders()" in said[1]
     near(found, expected)
     assert types == ["ShardedLMAEmbeddingBagCollection", "ShardedEmbeddingBagCollection"]
+
+
+def test_feature_processors_around_a_plain_collection_stay_torchrecs() -> None:
+    plain = get_torchrec_sharders()
+    ours = {sharder.module_type: sharder for sharder in get_default_sharders()}
+    assert {sharder.module_type for sharder in plain} < set(ours)
+    processors = {"f0": PositionWeightedModule(4)}
+    module = FeatureProcessedEmbeddingBagCollection(EmbeddingBagCollection(tables(0, 1), is_weighted=True), processors)
+    assert list(ours[type(module)].shardable_parameters(module)) == ["t0"]
+
+
+def test_managed_collisions_around_a_collection_are_refused() -> None:
+    modules = {
+        "t0": MCHManagedCollisionModule(ROWS, CPU, eviction_interval=2, eviction_policy=DistanceLFU_EvictionPolicy())
+    }
+    with pytest.raises(AttributeError, match=r"LMAConfig\(raw_ids=True\) takes any ids"):
+        ManagedCollisionEmbeddingBagCollection(
+            lma(tables(0, 1)),
+            ManagedCollisionCollection(modules, tables(0, 1)),  # type: ignore[arg-type]
+        )
 
 
 def test_fuse_embedding_optimizer_fuses_the_levels() -> None:

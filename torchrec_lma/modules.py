@@ -168,9 +168,13 @@ class LMAEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         if name == "embedding_bags":
             raise AttributeError(
                 "an LMAEmbeddingBagCollection has no embedding_bags of its logical tables: `levels.embedding_bags` has "
-                "the tables that TorchRec stores, `materialize` gives embeddings. A sharder of a module that holds a "
-                "collection, such as FeatureProcessedEmbeddingBagCollectionSharder, cannot shard it: leave that out of "
-                "the sharders, and LMAEmbeddingBagCollectionSharder shards the collection where it is"
+                "the tables that TorchRec stores, `materialize` gives embeddings. TorchRec's sharders of modules that "
+                "hold a collection cannot shard it: give sharders=torchrec_lma.get_default_sharders()"
+            )
+        if name == "embedding_configs":
+            raise AttributeError(
+                "an LMAEmbeddingBagCollection has no embedding_configs, which ManagedCollisionEmbeddingBagCollection "
+                "asks for: it needs no managed collisions, LMAConfig(raw_ids=True) takes any ids"
             )
         return super().__getattr__(name)
 

@@ -4,10 +4,12 @@ from torchrec_lma.distributed.constraints import level_constraints
 from torchrec_lma.distributed.embeddingbag import (
     LMAEmbeddingBagCollectionSharder,
     ShardedLMAEmbeddingBagCollection,
-    get_default_sharders,
 )
+from torchrec_lma.distributed.fp_embeddingbag import FeatureProcessedSharder
+from torchrec_lma.distributed.sharding_plan import get_default_sharders
 
 __all__ = [
+    "FeatureProcessedSharder",
     "LMAEmbeddingBagCollectionSharder",
     "ShardedLMAEmbeddingBagCollection",
     "get_default_sharders",

@@ -17,12 +17,10 @@ from torchrec.distributed.embeddingbag import (
     EmbeddingBagCollectionSharder,
     ShardedEmbeddingBagCollection,
 )
-from torchrec.distributed.sharding_plan import get_default_sharders as get_torchrec_sharders
 from torchrec.distributed.types import (
     Awaitable,
     EnumerableShardingSpec,
     LazyAwaitable,
-    ModuleSharder,
     ParameterSharding,
     QuantizedCommCodecs,
     ShardingEnv,
@@ -102,6 +100,11 @@ class ShardedLMAEmbeddingBagCollection(
         """Remaps the local batch, and sends its rows to where they are."""
         self.remap.check_not_overwritten()
         check_batch(features, self._features, self._is_weighted)
+        if self._is_weighted and torch.is_grad_enabled() and features.weights().requires_grad:
+            raise ValueError(
+                "the KeyedJaggedTensor has weights that require gradients, which do not pass the input dist: what made "
+                "them would not be trained. Detach them, or give those features full tables"
+            )
         with torch.no_grad():
             rows = self.remap(features)
             if self._has_mean:
@@ -235,8 +238,3 @@ class LMAEmbeddingBagCollectionSharder(BaseEmbeddingSharder[LMAEmbeddingBagColle
     @property
     def sharded_module_type(self) -> type[ShardedLMAEmbeddingBagCollection]:
         return ShardedLMAEmbeddingBagCollection
-
-
-def get_default_sharders() -> list[ModuleSharder[nn.Module]]:
-    """TorchRec's default sharders and LMA's."""
-    return [*get_torchrec_sharders(), LMAEmbeddingBagCollectionSharder()]  # type: ignore[list-item]
