@@ -5,11 +5,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 from torchrec.modules.embedding_modules import get_embedding_names_by_table
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-ID_TYPES = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.uint64)
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Slot:
     dim: int
 
 
-def slots_of(tables: Sequence[EmbeddingBagConfig]) -> list[Slot]:
+def slots_of(tables: Sequence[BaseEmbeddingConfig]) -> list[Slot]:
     """Of all tables in order. A table without feature names is fed by a feature of its own name, as in TorchRec."""
     for table in tables:
         if not table.feature_names:
@@ -42,23 +41,23 @@ def slots_of(tables: Sequence[EmbeddingBagConfig]) -> list[Slot]:
 
 
 def to_int64(ids: Tensor, where: str) -> Tensor:
-    """Ids as int64, uint64 ones by their value.
+    """Integer ids of any width and sign as int64, by their values. Scripts.
 
     Raises:
         TypeError: ids that are not integers. ValueError: a uint64 beyond int64.
     """
-    if ids.dtype not in ID_TYPES:
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise TypeError(
             f"{where} has ids of {ids.dtype}; expected integers: cast them where the data is read, so that none is cut"
         )
-    if ids.dtype == torch.uint64:
-        ids = ids.view(torch.int64)
-        if not torch.compiler.is_compiling() and bool((ids < 0).any()):
-            largest = int(ids[ids < 0].max()) + 2**64
+    wide = ids.to(torch.int64)
+    if ids.dtype == torch.uint64 and (torch.jit.is_scripting() or not torch.compiler.is_compiling()):
+        if bool((wide < 0).any()):
             raise ValueError(
-                f"{where} has id {largest}, beyond int64; view uint64 hashes as int64, every int64 is an id"
+                f"{where} has ids of uint64 beyond int64, the largest -2**64 is {int(wide[wide < 0].max())}; view "
+                "uint64 hashes as int64, every int64 is an id"
             )
-    return ids.to(torch.int64)
+    return wide
 
 
 def check_batch(features: KeyedJaggedTensor, needed: Sequence[str], is_weighted: bool) -> None:
@@ -73,8 +72,6 @@ def check_batch(features: KeyedJaggedTensor, needed: Sequence[str], is_weighted:
     if len(set(keys)) != len(keys):
         twice = sorted({key for key in keys if keys.count(key) > 1})
         raise ValueError(f"the KeyedJaggedTensor has features {twice} twice; give each one once")
-    if features.values().dtype not in ID_TYPES:
-        to_int64(features.values(), "the KeyedJaggedTensor")  # raises
     lengths, n_ids = features.lengths(), features.values().numel()
     if lengths.device.type == "cpu":  # elsewhere it would wait for the device; FBGEMM checks offsets there
         if lengths.numel() and int(lengths.min()) < 0:
@@ -156,15 +153,32 @@ def bag_lengths(features: KeyedJaggedTensor, names: list[str]) -> Tensor:
 
 
 @torch.fx.wrap
+def with_int64_ids(features: KeyedJaggedTensor) -> KeyedJaggedTensor:
+    """The same batch with ids of type int64, see `to_int64`; int32 ones stay, which FBGEMM permutes as well."""
+    if features.values().dtype == torch.int32 or features.values().dtype == torch.int64:
+        return features
+    return _replaced(features, to_int64(features.values(), "the KeyedJaggedTensor"), features.weights_or_none())
+
+
+@torch.fx.wrap
 def cast_weights(features: KeyedJaggedTensor, dtype: torch.dtype) -> KeyedJaggedTensor:
     """The same batch with per-sample weights of this type."""
     if features.weights().dtype == dtype:
         return features
+    return _replaced(features, features.values(), features.weights().to(dtype))
+
+
+def _replaced(features: KeyedJaggedTensor, values: Tensor, weights: Tensor | None) -> KeyedJaggedTensor:
+    """The batch with other values and weights."""
+    if not torch.jit.is_scripting() and features.variable_stride_per_key():
+        return KeyedJaggedTensor(
+            keys=features.keys(),
+            values=values,
+            weights=weights,
+            lengths=features.lengths(),
+            stride_per_key_per_rank=features.stride_per_key_per_rank(),
+            inverse_indices=features.inverse_indices_or_none(),
+        )
     return KeyedJaggedTensor(
-        keys=features.keys(),
-        values=features.values(),
-        weights=features.weights().to(dtype),
-        lengths=features.lengths(),
-        stride_per_key_per_rank=features.stride_per_key_per_rank() if features.variable_stride_per_key() else None,
-        inverse_indices=features.inverse_indices_or_none(),
+        keys=features.keys(), values=values, weights=weights, lengths=features.lengths(), stride=features.stride()
     )

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
 from torchrec_lma.allocation.layout import Level, MemoryLayout, TableSpec, lay_out, shared_levels
 from torchrec_lma.allocation.validation import check_memory, check_tables
@@ -91,7 +91,7 @@ class Allocation:
     provenance: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def hashed(cls, tables: Sequence[EmbeddingBagConfig], config: LMAConfig) -> "Allocation":
+    def hashed(cls, tables: Sequence[BaseEmbeddingConfig], config: LMAConfig) -> "Allocation":
         """The allocation that needs no data and no bytes: no id has a row of its own, all share by hash.
 
         With one level this is the hashing trick, with several of equal width random chunk sharing (arXiv 2103.06124,
@@ -143,7 +143,7 @@ class Allocation:
                 digest.update(tensor.contiguous().numpy().data)  # its buffer, not a copy: it can be most of the memory
         return digest.hexdigest()
 
-    def check_made_for(self, tables: Sequence[EmbeddingBagConfig]) -> None:
+    def check_made_for(self, tables: Sequence[BaseEmbeddingConfig]) -> None:
         """Raises ValueError, naming the differences, if this was built for other tables."""
         made = {table.name: table for table in self.tables}
         wanted = {table.name: table for table in all_tables(tables, lay_out(tables, self.config))}
@@ -314,7 +314,7 @@ def new_memory(layout: MemoryLayout, levels: tuple[Level, ...], tensors: Mapping
     return MemoryAllocation(layout.name, layout.dim, layout.raw_ids, tables, levels, tensors)
 
 
-def all_tables(tables: Sequence[EmbeddingBagConfig], layouts: Sequence[MemoryLayout]) -> tuple[TableSpec, ...]:
+def all_tables(tables: Sequence[BaseEmbeddingConfig], layouts: Sequence[MemoryLayout]) -> tuple[TableSpec, ...]:
     """The specs of all tables, in the order of the tables."""
     by_name = {spec.name: spec for layout in layouts for spec in layout.tables}
     return tuple(by_name[table.name] for table in tables)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_lma.allocation.artifact import Allocation, MemoryAllocation, all_tables, new_memory
@@ -39,7 +39,7 @@ class AllocationBuilder:
     builders that were merged.
 
     Args:
-        tables: the logical tables, as given to LMAEmbeddingBagCollection.
+        tables: the logical tables, as given to the collection.
         config: the LMAConfig, as given to it.
         source: what similarity of ids that share rows is measured on, for all tables or by table name; None, or a table
             left out, gives no signatures: they share by hash. SimHash needs vectors: see `from_vectors`.
@@ -74,7 +74,7 @@ class AllocationBuilder:
 
     def __init__(
         self,
-        tables: Sequence[EmbeddingBagConfig],
+        tables: Sequence[BaseEmbeddingConfig],
         config: LMAConfig,
         source: Sources = None,
         shared_fraction: float | None = None,
@@ -119,7 +119,7 @@ class AllocationBuilder:
     @classmethod
     def from_vectors(
         cls,
-        tables: Sequence[EmbeddingBagConfig],
+        tables: Sequence[BaseEmbeddingConfig],
         config: LMAConfig,
         vectors: Mapping[str, tuple[Any, Any]],
         source: SimHash | Mapping[str, Source | None] = SimHash(),  # noqa: B008 (frozen)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, data_type_to_dtype
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig, DataType, data_type_to_dtype
 
 from torchrec_lma.config import WEIGHT_TYPES, LMAConfig
 
@@ -19,7 +19,7 @@ class TableSpec:
     """What the allocation knows of a logical table.
 
     Attributes:
-        name, num_embeddings, embedding_dim: as in its EmbeddingBagConfig.
+        name, num_embeddings, embedding_dim: as in its EmbeddingBagConfig or EmbeddingConfig.
         data_type: of the table as declared, a DataType name: what the full size is counted in.
         raw_ids: its ids are any 64-bit integers; else a vocabulary, 0 <= id < num_embeddings.
     """
@@ -159,7 +159,7 @@ def check_rows(layout: MemoryLayout, rows: int) -> int:
     return rows
 
 
-def lay_out(tables: Sequence[EmbeddingBagConfig], config: LMAConfig) -> tuple[MemoryLayout, ...]:
+def lay_out(tables: Sequence[BaseEmbeddingConfig], config: LMAConfig) -> tuple[MemoryLayout, ...]:
     """Group tables into memories and share the budget between them in proportion to their full bytes.
 
     Tables of one dim share a memory; raw ids and vocabularies do not, since their rows are found in different ways.
@@ -169,7 +169,7 @@ def lay_out(tables: Sequence[EmbeddingBagConfig], config: LMAConfig) -> tuple[Me
             up to a dim, or that no kernel takes; `raw_ids` of a table that does not exist.
     """
     if not tables:
-        raise ValueError("tables is empty; give at least one EmbeddingBagConfig")
+        raise ValueError("tables is empty; give at least one EmbeddingBagConfig or EmbeddingConfig")
     names: set[str] = set()
     groups: dict[tuple[int, bool], list[TableSpec]] = {}
     for table in tables:
@@ -202,9 +202,9 @@ def lay_out(tables: Sequence[EmbeddingBagConfig], config: LMAConfig) -> tuple[Me
     return tuple(layouts)
 
 
-def _check_table(table: EmbeddingBagConfig, names: set[str]) -> None:
-    if not isinstance(table, EmbeddingBagConfig):
-        raise TypeError(f"tables must be EmbeddingBagConfig (pooled embeddings), got a {type(table).__name__}: {table}")
+def _check_table(table: BaseEmbeddingConfig, names: set[str]) -> None:
+    if not isinstance(table, BaseEmbeddingConfig):
+        raise TypeError(f"tables must be EmbeddingBagConfig or EmbeddingConfig, got a {type(table).__name__}: {table}")
     if not table.name or table.name in names:
         raise ValueError(f"table name {table.name!r} is empty or given twice; every table needs a name of its own")
     if table.num_embeddings < 1 or table.embedding_dim < 1:
