@@ -1,5 +1,6 @@
 """What collections of LMA tables have in common, pooled or not: the remap, the level tables, what an id has there."""
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -29,7 +30,7 @@ class LMACollection(nn.Module):
         device: of the parameters; the allocation stays on the CPU while this is "meta".
         strict: an id outside of its table's [0, num_embeddings) is an error.
     Raises:
-        TypeError: `allocation` is none. ValueError: it was made for other tables.
+        TypeError: `allocation` is none; tables of another collection. ValueError: it was made for other tables.
     """
 
     __jit_unused_properties__ = ["allocation", "config", "device", "strict", "tables"]
@@ -51,6 +52,12 @@ class LMACollection(nn.Module):
                 f"allocation is a {type(allocation).__name__}; give AllocationBuilder(tables, config).build() or "
                 "Allocation.hashed(tables, config)"
             )
+        for table in tables:
+            if not isinstance(table, self._config_type):
+                raise TypeError(
+                    f"tables of an {type(self).__name__} must be {self._config_type.__name__}, got a "
+                    f"{type(table).__name__}: {table}; LMAEmbeddingBagCollection pools, LMAEmbeddingCollection does not"
+                )
         allocation.check_made_for(tables)
         self._tables = list(tables)
         self._allocation = allocation
@@ -223,13 +230,22 @@ class LMACollection(nn.Module):
         return report_memory(self._allocation, optimizers)
 
 
+def warn_of_missing_sharder(collection: LMACollection) -> None:
+    warnings.warn(
+        f"TorchRec has sharded the levels of an {type(collection).__name__} and not the collection itself: results are "
+        "right, but pipelines do not overlap it with the step before. Pass "
+        "sharders=torchrec_lma.get_default_sharders() to the planner and to DistributedModelParallel",
+        stacklevel=3,
+    )
+
+
 def configs_of(plain: Any) -> list[Any]:
     """The tables of an EmbeddingBagCollection or an EmbeddingCollection, quantized or not."""
     return plain.embedding_bag_configs() if hasattr(plain, "embedding_bag_configs") else plain.embedding_configs()
 
 
-def tables_of(plain: Any) -> nn.ModuleDict:
-    """Of each of these tables, by name, the module that has its `weight`."""
+def tables_of(plain: Any) -> Any:
+    """Of each of these tables, by name, the module that has its `weight`: a ModuleDict."""
     return plain.embedding_bags if hasattr(plain, "embedding_bags") else plain.embeddings
 
 

@@ -3,22 +3,24 @@
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torchrec.modules.embedding_configs import data_type_to_dtype
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig, data_type_to_dtype
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
 from torchrec_lma.allocation import Allocation
+from torchrec_lma.collection import LMACollection, configs_of, tables_of
 from torchrec_lma.features import ID_TYPES
 from torchrec_lma.least_squares import LeastSquares
 from torchrec_lma.modules import LMAEmbeddingBagCollection
+from torchrec_lma.sequences import LMAEmbeddingCollection
 from torchrec_lma.text_table import text_table
 
 _BLOCK_VALUES = 1 << 21  # of one block of vectors: 16 MiB as float64
 
 
-@torch.no_grad()
 def from_embedding_bag_collection(
     ebc: EmbeddingBagCollection,
     allocation: Allocation,
@@ -26,43 +28,90 @@ def from_embedding_bag_collection(
     ids: Mapping[str, Tensor] | None = None,
 ) -> LMAEmbeddingBagCollection:
     """See LMAEmbeddingBagCollection.from_embedding_bag_collection."""
-    if not isinstance(ebc, EmbeddingBagCollection):
-        raise TypeError(
-            f"ebc is a {type(ebc).__name__}, expected an unsharded EmbeddingBagCollection of full tables; load a "
-            "sharded model's checkpoint into one, and use reallocate for LMA tables"
-        )
-    device = _device(ebc)
+    _check_plain("ebc", ebc, EmbeddingBagCollection)
     tables = [copy.copy(table) for table in ebc.embedding_bag_configs()]
-    if ids is None:
-        ids = {table.name: torch.arange(table.num_embeddings, device=device) for table in tables}
-    sizes = {table.name: table.num_embeddings for table in tables}
-    _check_ids(ids, sizes, id_weights or {})
-    _check_one_id_a_row(ids, sizes)
-    lma = LMAEmbeddingBagCollection(tables, allocation, ebc.is_weighted(), device)
-    _fit(lma, ids, lambda table, block: ebc.embedding_bags[table].weight[block], id_weights or {})
-    return lma
+    lma = LMAEmbeddingBagCollection(tables, allocation, ebc.is_weighted(), _device(ebc))
+    return _compress(ebc, lma, id_weights or {}, ids)
 
 
-@torch.no_grad()
+def from_embedding_collection(
+    ec: EmbeddingCollection,
+    allocation: Allocation,
+    id_weights: Mapping[str, Tensor] | None = None,
+    ids: Mapping[str, Tensor] | None = None,
+) -> LMAEmbeddingCollection:
+    """See LMAEmbeddingCollection.from_embedding_collection."""
+    _check_plain("ec", ec, EmbeddingCollection)
+    tables = [copy.copy(table) for table in ec.embedding_configs()]
+    lma = LMAEmbeddingCollection(tables, allocation, ec.need_indices(), _device(ec))
+    return _compress(ec, lma, id_weights or {}, ids)
+
+
 def to_embedding_bag_collection(
     lma: LMAEmbeddingBagCollection, ids: Mapping[str, Tensor] | None = None
 ) -> EmbeddingBagCollection:
     """See LMAEmbeddingBagCollection.to_embedding_bag_collection."""
-    device = _device(lma)
-    tables = [copy.copy(table) for table in lma.embedding_bag_configs()]
+    device, tables = _device(lma), [copy.copy(table) for table in lma.tables]
+    return _decompress(lma, EmbeddingBagCollection(tables, lma.is_weighted(), device), ids)
+
+
+def to_embedding_collection(
+    lma: LMAEmbeddingCollection, ids: Mapping[str, Tensor] | None = None
+) -> EmbeddingCollection:
+    """See LMAEmbeddingCollection.to_embedding_collection."""
+    device, tables = _device(lma), [copy.copy(table) for table in lma.tables]
+    return _decompress(lma, EmbeddingCollection(tables, device, lma.need_indices()), ids)
+
+
+Full = TypeVar("Full", EmbeddingBagCollection, EmbeddingCollection)
+LMA = TypeVar("LMA", LMAEmbeddingBagCollection, LMAEmbeddingCollection)
+
+
+@torch.no_grad()
+def _compress(full: nn.Module, lma: LMA, id_weights: Mapping[str, Tensor], ids: Mapping[str, Tensor] | None) -> LMA:
+    """`lma` with the weights whose embeddings are closest to those of the full tables."""
+    ids = _ids_of_rows(lma.tables, ids, id_weights, lma.device)
+    weights = tables_of(full)
+    _fit(lma, ids, lambda table, block: weights[table].weight[block], id_weights)
+    return lma
+
+
+@torch.no_grad()
+def _decompress(lma: LMACollection, full: Full, ids: Mapping[str, Tensor] | None) -> Full:
+    """`full` with the embeddings of `lma`."""
+    device = lma.device
+    ids = _ids_of_rows(lma.tables, ids, {}, device)
+    stored = tables_of(full)
+    for table in configs_of(full):
+        held, dtype = stored[table.name], data_type_to_dtype(table.data_type)
+        if held.weight.dtype != dtype:  # the collection itself knows FP32 and FP16 only
+            held.weight = nn.Parameter(held.weight.to(dtype))
+        for block in _blocks(table.num_embeddings, table.embedding_dim):
+            held.weight[block] = lma.materialize(table.name, ids[table.name][block].to(device)).to(dtype)
+    return full
+
+
+def _check_plain(name: str, given: object, wanted: type[nn.Module]) -> None:
+    if not isinstance(given, wanted):
+        raise TypeError(
+            f"{name} is a {type(given).__name__}, expected an unsharded {wanted.__name__} of full tables; load a "
+            "sharded model's checkpoint into one, and use reallocate for LMA tables"
+        )
+
+
+def _ids_of_rows(
+    tables: Sequence[BaseEmbeddingConfig],
+    ids: Mapping[str, Tensor] | None,
+    id_weights: Mapping[str, Tensor],
+    device: torch.device,
+) -> Mapping[str, Tensor]:
+    """The id of each row of each full table: `ids` after a check, or where there are none row numbers."""
     sizes = {table.name: table.num_embeddings for table in tables}
     if ids is None:
         ids = {name: torch.arange(size, device=device) for name, size in sizes.items()}
-    _check_ids(ids, sizes, {})
+    _check_ids(ids, sizes, id_weights)
     _check_one_id_a_row(ids, sizes)
-    ebc = EmbeddingBagCollection(tables, is_weighted=lma.is_weighted(), device=device)
-    for table in tables:
-        bag, dtype = ebc.embedding_bags[table.name], data_type_to_dtype(table.data_type)
-        if bag.weight.dtype != dtype:  # the collection itself knows FP32 and FP16 only
-            bag.weight = nn.Parameter(bag.weight.to(dtype))
-        for block in _blocks(table.num_embeddings, table.embedding_dim):
-            bag.weight[block] = lma.materialize(table.name, ids[table.name][block].to(device)).to(dtype)
-    return ebc
+    return ids
 
 
 @dataclass(frozen=True)
@@ -91,7 +140,7 @@ class TableChange:
 class Reallocation:
     """The model under its new allocation, and what that changed; `print(reallocation)` shows the changes as a table."""
 
-    module: LMAEmbeddingBagCollection
+    module: LMACollection
     changes: tuple[TableChange, ...]
 
     def __str__(self) -> str:
@@ -110,7 +159,7 @@ class Reallocation:
 
 @torch.no_grad()
 def reallocate(
-    module: LMAEmbeddingBagCollection,
+    module: LMACollection,
     allocation: Allocation,
     ids: Mapping[str, Tensor],
     id_weights: Mapping[str, Tensor] | None = None,
@@ -142,28 +191,28 @@ def reallocate(
         print(result)
         model.sparse_arch.embedding_bag_collection = result.module
     """
-    if not isinstance(module, LMAEmbeddingBagCollection):
+    if not isinstance(module, LMACollection):
         raise TypeError(
-            f"module is a {type(module).__name__}, expected an unsharded LMAEmbeddingBagCollection; load a sharded "
-            "model's checkpoint into one first"
+            f"module is a {type(module).__name__}, expected an unsharded LMAEmbeddingBagCollection or "
+            "LMAEmbeddingCollection; load a sharded model's checkpoint into one first"
         )
     device, id_weights = _device(module), id_weights or {}
-    old_tables = module.embedding_bag_configs()
+    old_tables = module.tables
     _check_ids(ids, [table.name for table in old_tables], id_weights)
     sizes = {table.name: table.num_embeddings for table in allocation.tables}
     tables = [replace(table, num_embeddings=sizes.get(table.name, table.num_embeddings)) for table in old_tables]
-    new = LMAEmbeddingBagCollection(tables, allocation, module.is_weighted(), device, module.strict)
-    old_bags = module.levels.embedding_bags
-    for name, bag in new.levels.embedding_bags.items():
-        if name in old_bags and bag.weight.shape == old_bags[name].weight.shape:
-            bag.weight.copy_(old_bags[name].weight)
+    new = module.like_this(tables, allocation, device)
+    old = module.stored_tables()
+    for name, table in new.stored_tables().items():
+        if name in old and table.weight.shape == old[name].weight.shape:
+            table.weight.copy_(old[name].weight)
     _fit(new, ids, lambda table, block: module.materialize(table, ids[table][block].to(device)), id_weights)
     return Reallocation(new, _changes(module, new, ids, id_weights))
 
 
 def _changes(
-    old: LMAEmbeddingBagCollection,
-    new: LMAEmbeddingBagCollection,
+    old: LMACollection,
+    new: LMACollection,
     ids: Mapping[str, Tensor],
     id_weights: Mapping[str, Tensor],
 ) -> tuple[TableChange, ...]:
@@ -171,7 +220,7 @@ def _changes(
     device = _device(old)
     changes = []
     total = torch.zeros(3, dtype=torch.float64, device=device)
-    for table in new.embedding_bag_configs():
+    for table in new.tables:
         # Weight of all values, weighted squares of the values before, weighted squares of their change.
         sums = torch.zeros_like(total)
         for block in _blocks(ids[table.name].numel(), table.embedding_dim):
@@ -196,7 +245,7 @@ def _change(table: str, n_ids: int, sums: Tensor) -> TableChange:
 
 
 def _fit(
-    lma: LMAEmbeddingBagCollection,
+    lma: LMACollection,
     ids: Mapping[str, Tensor],
     vectors: Callable[[str, slice], Tensor],
     id_weights: Mapping[str, Tensor],
@@ -209,7 +258,7 @@ def _fit(
         id_weights: for any of the tables, [N] >= 0; 1 for the others.
     """
     device = _device(lma)
-    sizes = {table.name: table.num_embeddings for table in lma.embedding_bag_configs()}
+    sizes = {table.name: table.num_embeddings for table in lma.tables}
     groups: list[tuple[Sequence[str], list[int]]]
     groups = [((name,), [sizes[name]]) for name in lma.allocation.whole]  # each id of a whole table owns a row
     groups += [(memory.tables, [level.own_rows for level in memory.levels]) for memory in lma.allocation.memories]

@@ -1,6 +1,5 @@
 """LMAEmbeddingBagCollection: what an EmbeddingBagCollection does, with tables that share compressed memories."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from torchrec_lma.allocation.artifact import Allocation
-from torchrec_lma.collection import LMACollection
+from torchrec_lma.collection import LMACollection, warn_of_missing_sharder
 from torchrec_lma.features import bag_lengths, cast_weights, checked
 from torchrec_lma.regroup import divide_by_lengths, pieces_of, regroup
 
@@ -107,7 +106,7 @@ class LMAEmbeddingBagCollection(LMACollection, EmbeddingBagCollectionInterface):
         if not torch.jit.is_scripting():
             self.remap.check_not_overwritten()
             if isinstance(self.levels, ShardedModule):
-                _warn_of_missing_sharder()
+                warn_of_missing_sharder(self)
             # nn.EmbeddingBag wants weights of its own type; FBGEMM's kernels take float32.
             if self._is_weighted and type(self.levels) is EmbeddingBagCollection:
                 rows = cast_weights(rows, next(self.levels.parameters()).dtype)
@@ -190,12 +189,3 @@ class LMAEmbeddingBagCollection(LMACollection, EmbeddingBagCollectionInterface):
         from torchrec_lma import conversion  # it knows this class
 
         return conversion.to_embedding_bag_collection(self, ids)
-
-
-def _warn_of_missing_sharder() -> None:
-    warnings.warn(
-        "TorchRec has sharded the levels of an LMAEmbeddingBagCollection and not the collection itself: results are "
-        "right, but pipelines do not overlap it with the step before. Pass "
-        "sharders=torchrec_lma.get_default_sharders() to the planner and to DistributedModelParallel",
-        stacklevel=3,
-    )
