@@ -158,7 +158,9 @@ def test_updates_after_a_merge_count_as_well() -> None:
     assert other.build().fingerprint == build(rows[20:50], source=source).fingerprint  # the other is left as it was
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32, torch.uint64])
+@pytest.mark.parametrize(
+    "dtype", [torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.uint64]
+)
 def test_ids_of_any_integer_type_build_the_same_allocation(dtype: torch.dtype) -> None:
     rows = some_rows(40)
     builder = AllocationBuilder(TABLES, CONFIG, source=SOURCE).update(kjt(rows, dtype=dtype))

@@ -7,6 +7,7 @@ its own against plain torch.
 import copy
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -36,6 +37,7 @@ from torchrec.inference.modules import (
     get_table_to_weights_from_tbe,
     quantize_inference_model,
 )
+from torchrec.modules.embedding_configs import PoolingType
 from torchrec.modules.embedding_tower import EmbeddingTower
 from torchrec.modules.feature_processor_ import PositionWeightedModule
 from torchrec.modules.fp_embedding_modules import FeatureProcessedEmbeddingBagCollection
@@ -163,6 +165,24 @@ def test_collections_share_a_batch_and_are_pipelined(small_is_lma: bool) -> None
     found, expected, pipelined = run(share_a_batch, 1, small_is_lma)[0]
     near(found, expected)
     assert pipelined == ["big", "small"]
+
+
+def with_ids_of_each_type() -> list[bool]:
+    configs = [replace(config, pooling=PoolingType.MEAN) for config in tables()]
+    dmp = sharded(nn.Sequential(LMAEmbeddingBagCollection(configs, Allocation.hashed(configs, LMAConfig(4)))))
+    given = features(2)
+    given = KeyedJaggedTensor(keys=["f1", "f0"], values=given.values() % 100, lengths=given.lengths())
+    expected = dmp(given).values()
+    types = [torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.uint64]
+    same = []
+    for dtype in types:
+        narrow = KeyedJaggedTensor(keys=given.keys(), values=given.values().to(dtype), lengths=given.lengths())
+        same.append(torch.equal(dmp(narrow).values(), expected))
+    return same
+
+
+def test_sharded_tables_take_integers_of_any_width() -> None:
+    assert run(with_ids_of_each_type, 1)[0] == [True] * 7
 
 
 # --- 02, 03: modules that test for EmbeddingBagCollection -----------------------------------------------------------

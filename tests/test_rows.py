@@ -1,5 +1,6 @@
 """Which rows ids have, against rows computed with Python's integers; what is looked up there; the paper's theorem."""
 
+import copy
 import functools
 import io
 import itertools
@@ -25,6 +26,7 @@ from torchrec_lma.allocation.bitmap import RankBitmap, bitmap_bytes, build_bitma
 from torchrec_lma.allocation.index import IdIndex, build_index, index_bytes
 from torchrec_lma.allocation.layout import Level, TableSpec
 from torchrec_lma.hashing import mix64
+from torchrec_lma.quant import quantize, script
 
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 EXTREMES = [0, 1, -1, INT64_MIN, INT64_MIN + 1, INT64_MAX, INT64_MAX - 1, 2**31, -(2**31), 2**32, 2**53 + 1]
@@ -213,22 +215,49 @@ def test_own_rows_are_each_of_one_id(plan: PlannedMemory) -> None:
         assert sorted(rows) == list(range(len(owners)))
 
 
-ID_TYPES = [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.uint64]
+INTEGERS = [torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64, torch.uint64]
 
 
-@pytest.mark.parametrize("dtype", ID_TYPES)
+class Quantized(torch.nn.Module):
+    def __init__(self, ebc: LMAEmbeddingBagCollection) -> None:
+        super().__init__()
+        self.ebc = ebc
+
+    def forward(self, features: KeyedJaggedTensor) -> torch.Tensor:
+        return self.ebc(features).values()
+
+
+@pytest.mark.filterwarnings("ignore:The TorchScript type system:UserWarning")
 @pytest.mark.parametrize("name", ["levels", "raw ids"])
-def test_integers_of_any_width_are_the_same_ids(name: str, dtype: torch.dtype) -> None:
+def test_integers_of_any_width_are_the_same_ids_everywhere(name: str) -> None:
     ebc = collection_of([PLANS[name]])
     ids = torch.arange(0, 127)
-    assert torch.equal(torch.stack(list(ebc.rows("a", ids.to(dtype)).values())), level_rows(ebc, "a", ids))
     lengths = torch.full((2,), 127, dtype=torch.int32)
-    with torch.no_grad():
-        wide, narrow = (
-            ebc(KeyedJaggedTensor(keys=["a", "b"], values=torch.cat([ids, ids]).to(of), lengths=lengths))
-            for of in (torch.int64, dtype)
-        )
-    assert torch.equal(wide.values(), narrow.values())
+    quantized = quantize(Quantized(copy.deepcopy(ebc)))
+    paths = {"float": Quantized(ebc), "quantized": quantized, "scripted": script(quantized)}
+
+    def batch(order: str, dtype: torch.dtype) -> KeyedJaggedTensor:
+        return KeyedJaggedTensor(keys=list(order), values=torch.cat([ids, ids]).to(dtype), lengths=lengths)
+
+    for dtype in INTEGERS:
+        assert torch.equal(torch.stack(list(ebc.rows("a", ids.to(dtype)).values())), level_rows(ebc, "a", ids))
+        for order in ("ab", "ba"):  # one of them is permuted
+            for path, model in paths.items():
+                with torch.no_grad():
+                    wide, narrow = model(batch(order, torch.int64)), model(batch(order, dtype))
+                assert torch.equal(wide, narrow), (dtype, order, path)
+    for dtype in (torch.float32, torch.float16, torch.bool):
+        for path, model in paths.items():
+            error = torch.jit.Error if path == "scripted" else TypeError
+            with pytest.raises(error, match="expected integers"):
+                model(batch("ba", dtype))
+    beyond = KeyedJaggedTensor(
+        keys=["a", "b"], values=torch.tensor([2**63 + 5], dtype=torch.uint64), lengths=torch.tensor([1, 0])
+    )
+    for path, model in paths.items():
+        error = torch.jit.Error if path == "scripted" else ValueError
+        with pytest.raises(error, match="beyond int64"):
+            model(beyond)
 
 
 @pytest.mark.filterwarnings("ignore:The TorchScript type system:UserWarning")
@@ -451,7 +480,7 @@ def test_a_bitmap_knows_members_and_their_ranks(data: st.DataObject, n: int) -> 
     in_order = sorted(members)
     asked = [*range(n), -1, INT64_MIN]
     expected = [in_order.index(value) if value in set(members) else -1 for value in asked]
-    assert bitmap(torch.tensor(asked)).tolist() == expected
+    assert bitmap.find(torch.tensor(asked)).tolist() == expected
     assert words.nbytes + bitmap.before.nbytes == bitmap_bytes(n)
 
 
@@ -495,7 +524,7 @@ def test_an_index_finds_what_a_dict_finds(keys: list[int], others: list[int]) ->
     # Keys next to those in the index, and keys with their low or high half, are the hardest to tell from them.
     near = [signed(key ^ (1 << bit)) for key in keys[:20] for bit in (0, 31, 32, 63)]
     wanted = [*keys, *others, *near]
-    found = IdIndex(low, starts)(torch.tensor(wanted)).tolist()
+    found = IdIndex(low, starts).find(torch.tensor(wanted)).tolist()
     for key, position in zip(wanted, found):
         if key in reference:
             assert position == reference[key]
@@ -510,8 +539,8 @@ def test_an_index_finds_every_mixed_key_and_no_other(n: int) -> None:
     keys = mix64(torch.arange(n))
     low, starts, order = build_index(keys)
     index = IdIndex(low, starts)
-    assert torch.equal(order[index(keys)], torch.arange(n))
-    assert index(mix64(torch.arange(n, 2 * n))).unique().tolist() == [-1]
+    assert torch.equal(order[index.find(keys)], torch.arange(n))
+    assert index.find(mix64(torch.arange(n, 2 * n))).unique().tolist() == [-1]
     assert low.nbytes + starts.nbytes <= index_bytes(n) <= 6 * n + 12
 
 

@@ -12,7 +12,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 
 from torchrec_lma.allocation import Allocation
 from torchrec_lma.collection import LMACollection, configs_of, tables_of
-from torchrec_lma.features import ID_TYPES
+from torchrec_lma.features import to_int64
 from torchrec_lma.least_squares import LeastSquares
 from torchrec_lma.modules import LMAEmbeddingBagCollection
 from torchrec_lma.sequences import LMAEmbeddingCollection
@@ -306,10 +306,9 @@ def _check_ids(
     for name, values in ids.items():
         if not isinstance(values, Tensor):
             raise TypeError(f"ids of {name!r} are {type(values).__name__}; give an integer tensor of shape [N]")
-        if values.dim() != 1 or values.dtype not in ID_TYPES:
-            raise TypeError(
-                f"ids of {name!r} are {values.dtype} of shape {list(values.shape)}; give an integer tensor of shape [N]"
-            )
+        if values.dim() != 1:
+            raise TypeError(f"ids of {name!r} have shape {list(values.shape)}; give an integer tensor of shape [N]")
+        to_int64(values, f"the tensor of {name!r}")
     for name, of_ids in weights.items():
         if name not in ids:
             raise ValueError(f"id_weights has a table {name!r}; the tables are {list(ids)}")

@@ -10,7 +10,6 @@ from torchrec.modules.embedding_modules import get_embedding_names_by_table
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 
-
 @dataclass(frozen=True)
 class Slot:
     """A feature of a logical table, which is one key of the output.
@@ -53,10 +52,10 @@ def to_int64(ids: Tensor, where: str) -> Tensor:
     wide = ids.to(torch.int64)
     if ids.dtype == torch.uint64 and (torch.jit.is_scripting() or not torch.compiler.is_compiling()):
         if bool((wide < 0).any()):
-            raise ValueError(
-                f"{where} has ids of uint64 beyond int64, the largest -2**64 is {int(wide[wide < 0].max())}; view "
-                "uint64 hashes as int64, every int64 is an id"
-            )
+            which = ""
+            if not torch.jit.is_scripting():  # which has no integers of that size
+                which = f" {int(wide[wide < 0].max()) + 2**64},"
+            raise ValueError(f"{where} has id{which} beyond int64; view uint64 hashes as int64, every int64 is an id")
     return wide
 
 
@@ -106,10 +105,15 @@ def check_batch(features: KeyedJaggedTensor, needed: Sequence[str], is_weighted:
 
 @torch.fx.wrap
 def checked(features: KeyedJaggedTensor, needed: list[str], is_weighted: bool) -> KeyedJaggedTensor:
-    """The batch itself, after `check_batch` where Python runs."""
+    """The batch with ids of type int64, after `check_batch` where Python runs.
+
+    int32 ones stay, which FBGEMM permutes as well.
+    """
     if not torch.jit.is_scripting() and not torch.compiler.is_compiling():
         check_batch(features, needed, is_weighted)
-    return features
+    if features.values().dtype == torch.int32 or features.values().dtype == torch.int64:
+        return features
+    return _replaced(features, to_int64(features.values(), "the KeyedJaggedTensor"), features.weights_or_none())
 
 
 @torch.fx.wrap
@@ -150,14 +154,6 @@ def bag_lengths(features: KeyedJaggedTensor, names: list[str]) -> Tensor:
         of_feature = chosen.lengths().split(chosen.stride_per_key())
         return torch.stack([bags[indices[keys.index(name)]] for name, bags in zip(names, of_feature)], dim=1)
     return chosen.lengths().view(len(names), -1).t()
-
-
-@torch.fx.wrap
-def with_int64_ids(features: KeyedJaggedTensor) -> KeyedJaggedTensor:
-    """The same batch with ids of type int64, see `to_int64`; int32 ones stay, which FBGEMM permutes as well."""
-    if features.values().dtype == torch.int32 or features.values().dtype == torch.int64:
-        return features
-    return _replaced(features, to_int64(features.values(), "the KeyedJaggedTensor"), features.weights_or_none())
 
 
 @torch.fx.wrap

@@ -34,6 +34,8 @@ from safetensors.torch import load_file, save_file
 from torchrec.datasets.utils import Batch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from torchrec_lma.features import to_int64
+
 SPLITS = ("train", "validation", "test")
 READ_ROWS = 1 << 16  # rows decoded at a time
 PARQUET_BUFFER_BYTES = 1 << 20  # of one column
@@ -677,9 +679,10 @@ class Vocabulary:
 
     def _rows(self, feature: str, values: torch.Tensor) -> torch.Tensor:
         known = self.ids[feature].to(values.device)
+        values = to_int64(values, f"feature {feature!r}")
         if not len(known):
-            return torch.zeros_like(values, dtype=torch.int64)
-        found = torch.searchsorted(known, values.long()).clamp(max=len(known) - 1)
+            return torch.zeros_like(values)
+        found = torch.searchsorted(known, values).clamp(max=len(known) - 1)
         return torch.where(known[found] == values, found + 1, 0)
 
 

@@ -31,7 +31,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from torchrec_lma.allocation.artifact import Allocation
 from torchrec_lma.distributed.constraints import refuse_constraints_of_logical_tables
-from torchrec_lma.features import bag_lengths, check_batch
+from torchrec_lma.features import bag_lengths, checked
 from torchrec_lma.modules import LMAEmbeddingBagCollection
 from torchrec_lma.regroup import divide_by_lengths, regroup
 
@@ -99,7 +99,7 @@ class ShardedLMAEmbeddingBagCollection(
     ) -> Awaitable[Awaitable[KJTList]]:
         """Remaps the local batch, and sends its rows to where they are."""
         self.remap.check_not_overwritten()
-        check_batch(features, self._features, self._is_weighted)
+        features = checked(features, self._features, self._is_weighted)
         if self._is_weighted and torch.is_grad_enabled() and features.weights().requires_grad:
             raise ValueError(
                 "the KeyedJaggedTensor has weights that require gradients, which do not pass the input dist: what made "
