@@ -229,12 +229,14 @@ class Quantized(torch.nn.Module):
 
 @pytest.mark.filterwarnings("ignore:The TorchScript type system:UserWarning")
 @pytest.mark.parametrize("name", ["levels", "raw ids"])
-def test_integers_of_any_width_are_the_same_ids_everywhere(name: str) -> None:
+def test_integers_of_any_width_are_the_same_ids_everywhere_and_others_refused(name: str) -> None:
     ebc = collection_of([PLANS[name]])
     ids = torch.arange(0, 127)
     lengths = torch.full((2,), 127, dtype=torch.int32)
     quantized = quantize(Quantized(copy.deepcopy(ebc)))
-    paths = {"float": Quantized(ebc), "quantized": quantized, "scripted": script(quantized)}
+    paths = {"float": Quantized(ebc), "quantized": quantized}
+    if name == "levels":
+        paths["scripted"] = script(quantized)
 
     def batch(order: str, dtype: torch.dtype) -> KeyedJaggedTensor:
         return KeyedJaggedTensor(keys=list(order), values=torch.cat([ids, ids]).to(dtype), lengths=lengths)
@@ -258,6 +260,9 @@ def test_integers_of_any_width_are_the_same_ids_everywhere(name: str) -> None:
         error = torch.jit.Error if path == "scripted" else ValueError
         with pytest.raises(error, match="beyond int64"):
             model(beyond)
+        for wrong in ([127, 128], [127, 126], [-1, 255]):
+            with pytest.raises(error, match="lengths"):
+                model(KeyedJaggedTensor(keys=["b", "a"], values=torch.cat([ids, ids]), lengths=torch.tensor(wrong)))
 
 
 @pytest.mark.filterwarnings("ignore:The TorchScript type system:UserWarning")

@@ -71,15 +71,7 @@ def check_batch(features: KeyedJaggedTensor, needed: Sequence[str], is_weighted:
     if len(set(keys)) != len(keys):
         twice = sorted({key for key in keys if keys.count(key) > 1})
         raise ValueError(f"the KeyedJaggedTensor has features {twice} twice; give each one once")
-    lengths, n_ids = features.lengths(), features.values().numel()
-    if lengths.device.type == "cpu":  # elsewhere it would wait for the device; FBGEMM checks offsets there
-        if lengths.numel() and int(lengths.min()) < 0:
-            raise ValueError(f"the KeyedJaggedTensor has a negative length, {int(lengths.min())}; lengths are >= 0")
-        if int(lengths.sum()) != n_ids:
-            raise ValueError(
-                f"the KeyedJaggedTensor has lengths that add up to {int(lengths.sum())} and {n_ids} values; they must "
-                "be equal: check how the batch was cut"
-            )
+    _check_lengths(features)
     if is_weighted:
         weights = features.weights_or_none()
         if weights is None:
@@ -87,6 +79,7 @@ def check_batch(features: KeyedJaggedTensor, needed: Sequence[str], is_weighted:
                 "the collection was made with is_weighted=True but the KeyedJaggedTensor has no weights; give "
                 "KeyedJaggedTensor(weights=...) or make the collection unweighted"
             )
+        n_ids = features.values().numel()
         if weights.numel() != n_ids:
             raise ValueError(f"the KeyedJaggedTensor has {n_ids} values and {weights.numel()} weights; give one each")
     if features.variable_stride_per_key():
@@ -100,16 +93,32 @@ def check_batch(features: KeyedJaggedTensor, needed: Sequence[str], is_weighted:
             )
 
 
+def _check_lengths(features: KeyedJaggedTensor) -> None:
+    """Raises ValueError unless lengths are >= 0 and add up to the values. Scripts."""
+    lengths, n_ids = features.lengths(), features.values().numel()
+    if not lengths.is_cpu:  # it would wait for the device; FBGEMM checks offsets there
+        return
+    if lengths.numel() > 0 and int(lengths.min()) < 0:
+        raise ValueError(f"the KeyedJaggedTensor has a negative length, {int(lengths.min())}; lengths are >= 0")
+    if int(lengths.sum()) != n_ids:
+        raise ValueError(
+            f"the KeyedJaggedTensor has lengths that add up to {int(lengths.sum())} and {n_ids} values; they must be "
+            "equal: check how the batch was cut"
+        )
+
+
 # The functions below are wrapped for torch.fx, which cannot look at keys while it traces, and they script.
 
 
 @torch.fx.wrap
 def checked(features: KeyedJaggedTensor, needed: list[str], is_weighted: bool) -> KeyedJaggedTensor:
-    """The batch with ids of type int64, after `check_batch` where Python runs.
+    """The batch with ids of type int64, after `check_batch` where Python runs, and of its lengths in TorchScript.
 
     int32 ones stay, which FBGEMM permutes as well.
     """
-    if not torch.jit.is_scripting() and not torch.compiler.is_compiling():
+    if torch.jit.is_scripting():
+        _check_lengths(features)
+    elif not torch.compiler.is_compiling():
         check_batch(features, needed, is_weighted)
     if features.values().dtype == torch.int32 or features.values().dtype == torch.int64:
         return features
