@@ -17,9 +17,11 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_lma import Allocation, AllocationBuilder, LMAConfig, LMAEmbeddingBagCollection
 from torchrec_lma.allocation import RowsMinHash
+from torchrec_lma.allocation.bitmap import build_bitmap
 from torchrec_lma.allocation.layout import default_widths
 from torchrec_lma.allocation.ownership import Costs, choose_owners
 from torchrec_lma.allocation.sample import RowSample
+from torchrec_lma.remap import RangeOwners
 
 Row = dict[str, list[int]]  # feature -> ids
 
@@ -371,6 +373,37 @@ def test_own_rows_of_a_vocabulary_sorted_by_frequency_are_the_ids_themselves() -
         assert found[k, : level.own_rows].tolist() == list(range(level.own_rows))
 
 
+@pytest.mark.parametrize("compression", [8, 40, 200])
+@pytest.mark.parametrize("unseen_first", [0, 3])
+def test_vocabularies_sorted_by_frequency_need_no_bitmap(compression: float, unseen_first: int) -> None:
+    """Their rows are those that bitmaps of the same owners would give."""
+    tables = [table(name, dim=16, num_embeddings=size) for name, size in (("user", 300), ("item", 200), ("tag", 100))]
+    builder = AllocationBuilder(tables, LMAConfig(compression, skew=1), whole_fraction=0.0)
+    for i, each in enumerate(tables):
+        ids = np.arange(unseen_first, each.num_embeddings - 20)
+        builder.add_counts(each.name, ids, 1 + 5000 * (i + 1) // (ids + 1))
+    allocation = builder.build()
+    (memory,) = allocation.memories
+    assert memory.tensors and all(name.endswith(".ranges") for name in memory.tensors)
+    assert memory.nbytes == 3 * 16 * len(memory.tensors)
+
+    members = torch.arange(sum(t.num_embeddings for t in tables))
+    words = {}
+    for k, level in enumerate(memory.levels):
+        ranges = memory.tensors.get(f"owners.{k}.ranges")
+        if ranges is not None:
+            chosen = torch.cat([members[a:b] for a, b in ranges.tolist()])
+            words[f"owners.{k}.words"] = build_bitmap(chosen, members.numel())
+        members = torch.arange(level.own_rows)
+    with_bitmaps = replace(allocation, memories=(replace(memory, tensors=words),))
+    assert with_bitmaps.nbytes > allocation.nbytes
+    for each in tables:
+        ids = range(-5, each.num_embeddings + 5)
+        assert torch.equal(
+            level_rows(allocation, each.name, ids, tables), level_rows(with_bitmaps, each.name, ids, tables)
+        )
+
+
 def test_ids_outside_of_the_vocabulary_own_nothing_and_share_what_the_unseen_share() -> None:
     rows: list[Row] = [{"user": [-3, 5000, 5000, 5000, i % 50]} for i in range(300)]
     tables = [table("user")]
@@ -598,7 +631,7 @@ def test_a_memory_of_which_nothing_is_known_is_hashed() -> None:
 
 def test_where_a_bitmap_takes_all_bytes_everything_is_shared() -> None:
     tables = [table("user", dim=4, num_embeddings=1_000_000)]  # whose bitmap is 187,500 bytes
-    rows: list[Row] = [{"user": [i % 50]} for i in range(500)]
+    rows: list[Row] = [{"user": [2 * (i % 50)]} for i in range(500)]
     config = LMAConfig(memory_bytes=100_000)
     allocation = build(rows, tables, config)
     assert allocation.fingerprint == Allocation.hashed(tables, config).fingerprint
@@ -675,7 +708,11 @@ def test_weights_and_allocation_are_within_the_budget(
     for memory in allocation.memories:
         of_memory = [name for name in weights if name.startswith(f"{memory.name}_level_")]
         sets = [*ebc.remap.memories[memory.name].owners, getattr(ebc.remap.memories[memory.name], "signed", None)]
-        held = sum(buffer.nbytes for one in sets if one is not None for buffer in one.buffers())
+        held = sum(
+            one.ranges.nbytes if isinstance(one, RangeOwners) else sum(buffer.nbytes for buffer in one.buffers())
+            for one in sets
+            if one is not None
+        )
         held += memory.tensors["signatures"].nbytes if "signatures" in memory.tensors else 0
         assert memory.nbytes == held
         # What whole tables leave is shared in proportion to full bytes.

@@ -22,7 +22,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 import torchrec_lma.allocation.artifact as artifact
 from torchrec_lma import Allocation, AllocationBuilder, LMAConfig, LMAEmbeddingBagCollection
 from torchrec_lma.allocation import MemoryAllocation, RowsMinHash
-from torchrec_lma.allocation.layout import Level
+from torchrec_lma.allocation.layout import Level, TableSpec
 
 
 def table(name: str, dim: int = 8, num_embeddings: int = 1000, **options: Any) -> EmbeddingBagConfig:
@@ -337,6 +337,34 @@ def test_impossible_contents_are_refused(
     memories[which] = replace(memories[which], **change(memories[which]))
     replace(allocation, memories=tuple(memories)).save(tmp_path / "a")  # with the checksum of these contents
     with pytest.raises(ValueError, match=rf"(?s){tmp_path}/a holds what no builder makes.*{said}.*Build it again"):
+        Allocation.load(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    "ranges",
+    [
+        [[0, 100]],
+        [[0, 101], [200, 250]],
+        [[0, 100], [99, 149]],
+        [[0, 100], [250, 301]],
+        [[-1, 99], [200, 250]],
+        [[50, 0], [100, 300]],
+    ],
+)
+def test_impossible_ranges_are_refused(tmp_path: Path, ranges: list[list[int]]) -> None:
+    config = LMAConfig(memory_bytes=1)
+    tables = tuple(TableSpec(name, size, 4, "FP32", False) for name, size in (("a", 200), ("b", 100)))
+    levels = (Level(4, 150, 10),)
+
+    def save(ranges: list[list[int]]) -> None:
+        tensors = {"owners.0.ranges": torch.tensor(ranges)}
+        memory = MemoryAllocation("a_lma4", 4, False, ("a", "b"), levels, tensors)
+        Allocation(config, tables, (), (memory,)).save(tmp_path / "a")
+
+    save([[0, 100], [200, 250]])
+    Allocation.load(tmp_path / "a")
+    save(ranges)
+    with pytest.raises(ValueError, match=r"(?s)owners.0.ranges.*expected for each of 2 tables.*150 ids"):
         Allocation.load(tmp_path / "a")
 
 

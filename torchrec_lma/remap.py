@@ -30,25 +30,68 @@ torch.fx.wrap("take_features")
 class AllOwn(nn.Module):
     """Every position is an owner, and its own row, int32."""
 
-    def forward(self, positions: Tensor) -> Tensor:
+    def forward(self, positions: Tensor, slot: Tensor) -> Tensor:
         return positions.to(torch.int32)
 
 
 class NoneOwns(nn.Module):
     """No position has an own row: int32, -1."""
 
-    def forward(self, positions: Tensor) -> Tensor:
+    def forward(self, positions: Tensor, slot: Tensor) -> Tensor:
         return torch.full_like(positions, -1, dtype=torch.int32)
+
+
+class BitmapOwners(RankBitmap):
+    """Members of a set of positions are owners: int32, their rank, or -1."""
+
+    def forward(self, positions: Tensor, slot: Tensor) -> Tensor:
+        return self.find(positions)
+
+
+class IndexOwners(IdIndex):
+    """Raw ids whose keys are in an index are owners: int32, where, or -1."""
+
+    def forward(self, positions: Tensor, slot: Tensor) -> Tensor:
+        return self.find(positions)
+
+
+class RangeOwners(nn.Module):
+    """Positions in the range of their table are owners: int32, how many owners are before them, or -1.
+
+    Args:
+        ranges: int64 [tables, 2], where that of each table begins and ends.
+        tables: of each slot, its table's number.
+    """
+
+    first: Tensor
+    end: Tensor
+    shift: Tensor
+
+    def __init__(self, ranges: Tensor, tables: list[int]) -> None:
+        super().__init__()
+        self.register_buffer("ranges", ranges)
+        first, end = ranges[tables].unbind(1)
+        lengths = ranges[:, 1] - ranges[:, 0]
+        before = (lengths.cumsum(0) - lengths)[tables]
+        # Positions are compared in int32 where they fit.
+        dtype = torch.int32 if int(ranges.max()) <= MAX_ROWS else torch.int64
+        for name, values in (("first", first), ("end", end), ("shift", before - first)):
+            self.register_buffer(name, values.to(dtype), persistent=False)  # [slots]
+
+    def forward(self, positions: Tensor, slot: Tensor) -> Tensor:
+        inside = (positions >= self.first.index_select(0, slot)) & (positions < self.end.index_select(0, slot))
+        return torch.where(inside, positions + self.shift.index_select(0, slot), -1).to(torch.int32)
 
 
 class MemoryRemap(nn.Module):
     """Rows of the levels of one memory.
 
     On each level an id has its own row, or a shared one, or none. Own rows: on level 0 the rank of the id among those
-    that own one (of a bitmap of the vocabularies, or an index of raw ids), on level k the rank of its row of level k -
-    1 among those that own one, so an own row costs a bit or two an id and level, and each level looks at fewer ids than
-    the one before. Shared rows, where the level has some, are a hash of the id, or of its signature value k mod K, so
-    that ids which agree on it share the row (arXiv 2103.06124, section 4.2).
+    that own one (of a bitmap or ranges of the vocabularies, or an index of raw ids), on level k the rank of its row of
+    level k - 1 among those that own one, so an own row costs a bit or two an id and level (nothing where vocabularies
+    are sorted by frequency), and each level looks at fewer ids than the one before. Shared rows, where the level has
+    some, are a hash of the id, or of its signature value k mod K, so that ids which agree on it share the row (arXiv
+    2103.06124, section 4.2).
 
     Args:
         memory: its allocation.
@@ -59,6 +102,7 @@ class MemoryRemap(nn.Module):
 
     # Final, so that TorchScript drops the branches that a memory does not use.
     raw_ids: Final[bool]
+    by_slot: Final[bool]
     has_signatures: Final[bool]
     first: Tensor
     sizes: Tensor
@@ -85,18 +129,23 @@ class MemoryRemap(nn.Module):
         owners: list[nn.Module] = []
         for k, level in enumerate(memory.levels):
             if f"owners.{k}.words" in tensors:
-                owners.append(RankBitmap(tensors[f"owners.{k}.words"]))
+                owners.append(BitmapOwners(tensors[f"owners.{k}.words"]))
+            elif f"owners.{k}.ranges" in tensors:
+                owners.append(
+                    RangeOwners(tensors[f"owners.{k}.ranges"], [memory.tables.index(slot.table) for slot in slots])
+                )
             elif f"owners.{k}.low" in tensors:
-                owners.append(IdIndex(tensors[f"owners.{k}.low"], tensors[f"owners.{k}.starts"]))
+                owners.append(IndexOwners(tensors[f"owners.{k}.low"], tensors[f"owners.{k}.starts"]))
             else:
                 owners.append(AllOwn() if level.own_rows == positions else NoneOwns())
             positions = level.own_rows
         self.owners = nn.ModuleList(owners)
+        self.by_slot = any(isinstance(each, RangeOwners) for each in owners[1:])
         self.has_signatures = "signatures" in tensors
         if self.has_signatures:
             self.register_buffer("signatures", tensors["signatures"])  # int32 [S, K]
             if memory.raw_ids:
-                self.signed: nn.Module = IdIndex(tensors["signed.low"], tensors["signed.starts"])
+                self.signed: IdIndex | RankBitmap = IdIndex(tensors["signed.low"], tensors["signed.starts"])
             else:
                 self.signed = RankBitmap(tensors["signed.words"])
 
@@ -114,7 +163,7 @@ class MemoryRemap(nn.Module):
         """
         Args:
             ids: int64 [L], the bags of slot 0, then of slot 1, ...
-            slot: int64 [L], the slot of each id.
+            slot: int32 [L], the slot of each id.
             offsets: int64 [bags + 1], where the bags begin.
             weights: float [L] per-sample weights, or None.
         Returns:
@@ -135,9 +184,9 @@ class MemoryRemap(nn.Module):
         all_lengths: list[Tensor] = []
         all_weights: list[Tensor] = []
         own = position
-        own_offsets, own_weights = offsets, weights
+        own_slot, own_offsets, own_weights = slot, offsets, weights
         for k, owners in enumerate(self.owners):
-            own = owners(own)
+            own = owners(own, own_slot)
             if self.shared_rows[k] > 0:  # all ids are still here, and each has a row
                 missing = places(own < 0)
                 shared = self._shared(k, ids, slot, position, missing)
@@ -153,6 +202,8 @@ class MemoryRemap(nn.Module):
                 self._emit(k, rows, row_offsets, row_weights, all_rows, all_lengths, all_weights)
                 if k >= self.last_shared:
                     own, own_offsets, own_weights = rows, row_offsets, row_weights
+                    if self.by_slot:
+                        own_slot = own_slot.index_select(0, kept)
         return all_rows, all_lengths, all_weights, outside
 
     def _shared(self, k: int, ids: Tensor, slot: Tensor, position: Tensor, missing: Tensor) -> Tensor:
@@ -163,7 +214,7 @@ class MemoryRemap(nn.Module):
         else:
             keys = mix64(ids.index_select(0, missing) ^ self.salts.index_select(0, slot.index_select(0, missing)))
         if self.has_signatures:
-            found = self.signed(place)
+            found = self.signed.find(place)
             values = self.signatures[:, k % self.signatures.size(1)].index_select(0, found.clamp(min=0))
             by_value = mix64(values.to(torch.int64) ^ self.signature_salt)
             keys = torch.where(found >= 0, by_value, keys)
@@ -295,7 +346,7 @@ class Remap(nn.Module):
             end = first + self.memory_slots[m]
             begins = ends[first]
             of_memory = ids[begins : ends[end]]
-            slot = torch.arange(end - first, device=ids.device).repeat_interleave(
+            slot = torch.arange(end - first, dtype=torch.int32, device=ids.device).repeat_interleave(
                 counts[first:end], output_size=of_memory.numel()
             )
             of_weights: Tensor | None = None

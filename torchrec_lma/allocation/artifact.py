@@ -36,6 +36,8 @@ class MemoryAllocation:
     * `owners.<k>.words`: int32, `RankBitmap` of who has an own row on level k, among the positions of level k - 1: its
       own rows, or for level 0 all ids of the vocabularies one table after another. A member's rank is its own row.
       Without it all positions are owners, or if the level has no own row, none.
+    * `owners.<k>.ranges`: int64 [tables, 2], in place of the bitmap where the vocabularies are sorted by frequency: of
+      each table the owners are a range of those positions, from the first to before the second.
     * `owners.0.low`, `owners.0.starts`: int32, `IdIndex` of raw ids in place of the bitmap of level 0.
     * `signed.words`, or `signed.low` and `signed.starts`: the ids that have a signature, in the same two forms.
     * `signatures`: int32 [S, K], their signatures, in the order of that set.

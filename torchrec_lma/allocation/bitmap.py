@@ -56,7 +56,7 @@ class RankBitmap(nn.Module):
         self.register_buffer("words", words)
         self.register_buffer("before", (counts.cumsum(0) - counts).to(torch.int32), persistent=False)  # [W]
 
-    def forward(self, values: Tensor) -> Tensor:
+    def find(self, values: Tensor) -> Tensor:
         """
         Args:
             values: integer [L], in the range of the set, or negative for what is no member.

@@ -22,7 +22,7 @@ from torchrec_lma.allocation.layout import (
     kernel_takes,
     lay_out,
 )
-from torchrec_lma.allocation.ownership import SHARED_FRACTION, choose_levels, place_owners
+from torchrec_lma.allocation.ownership import SHARED_FRACTION, choose_levels, first_positions, place_owners, ranges_of
 from torchrec_lma.allocation.sample import Rows, RowSample
 from torchrec_lma.allocation.sources import ContextMinHash, RowsMinHash, RowsSource, SimHash, Source
 from torchrec_lma.config import LMAConfig, check_int
@@ -340,6 +340,12 @@ class AllocationBuilder:
         by_tie = torch.sort(tie, stable=True).indices
         by_frequency = by_tie[torch.sort(ids.count[by_tie], descending=True, stable=True).indices]
         seen = by_frequency[ids.count[by_frequency] > 0]
+        first: Tensor | None = None
+        if positions is not None:
+            number = torch.zeros(len(self._table_names), dtype=torch.int64)
+            number[[self._table_names.index(table.name) for table in tables]] = torch.arange(len(tables))
+            of_table = number[ids.table[seen].long()]
+            first = first_positions(positions[seen], of_table, len(tables))
 
         sharing, signature_bytes = by_frequency, budget + 1
         for _ in range(2):  # again where those who share need fewer bytes for signatures than were kept for them
@@ -350,6 +356,7 @@ class AllocationBuilder:
                 layout,
                 ids.count[seen].numpy(),
                 n_positions,
+                None if first is None else len(tables),
                 budget,
                 self.config.skew,
                 self.shared_fraction,
@@ -358,10 +365,13 @@ class AllocationBuilder:
             is_owner = torch.zeros_like(ids.eligible)
             is_owner[seen[: levels[0].own_rows]] = True
             sharing = by_frequency[~is_owner[by_frequency]]
-        levels, tensors, owns = place_owners(
-            levels, ids.keys[seen], None if positions is None else positions[seen], n_positions
-        )
-        owners = seen[owns]
+        if first is not None and n_positions is not None:
+            tensors, owners = ranges_of(levels, first, of_table, n_positions), seen[: levels[0].own_rows]
+        else:
+            levels, tensors, owns = place_owners(
+                levels, ids.keys[seen], None if positions is None else positions[seen], n_positions
+            )
+            owners = seen[owns]
         signed = self._sign(levels, ids, sharing, positions, n_positions, signature_bytes, rows, tensors)
         agreeing = _agreeing(tensors["signatures"]) if signed.numel() else torch.zeros(0, dtype=torch.bool)
         for table in tables:

@@ -66,7 +66,7 @@ class IdIndex(nn.Module):
         self.last = low.numel() - 1
         self.steps = int((starts[1:] - starts[:-1]).max()).bit_length()
 
-    def forward(self, keys: Tensor) -> Tensor:
+    def find(self, keys: Tensor) -> Tensor:
         """
         Args:
             keys: int64 [L], outputs of `mix64`.

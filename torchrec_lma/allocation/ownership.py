@@ -20,6 +20,7 @@ from torchrec_lma.allocation.layout import (
 )
 
 SHARED_FRACTION = 0.125  # of the bytes of rows, where not all ids own one
+RANGE_BYTES = 16  # int64 [2]
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,13 @@ class Costs:
         widths: columns of each level.
         value_bytes: of a weight.
         positions: ids of all vocabularies; None for raw ids, whose owners are found in an index.
+        ranges: of ids sorted by frequency, how many tables: a level needs a range of each. None where they are not.
     """
 
     widths: Sequence[int]
     value_bytes: int
     positions: int | None
+    ranges: int | None = None
 
     def __call__(self, own: Sequence[int]) -> int:
         total = sum(rows * width for rows, width in zip(own, self.widths)) * self.value_bytes
@@ -43,7 +46,7 @@ class Costs:
             if before is None:
                 total += index_bytes(rows)
             elif 0 < rows < before:
-                total += bitmap_bytes(before)
+                total += bitmap_bytes(before) if self.ranges is None else RANGE_BYTES * self.ranges
             before = rows
         return total
 
@@ -52,6 +55,7 @@ def choose_levels(
     layout: MemoryLayout,
     counts: np.ndarray,
     positions: int | None,
+    ranges: int | None,
     budget: int,
     skew: float,
     shared_fraction: float | None,
@@ -62,7 +66,7 @@ def choose_levels(
     Args:
         layout: of the memory; without widths they are chosen.
         counts: int64 [V], of the ids that were seen, descending, >= 1.
-        positions: ids of all vocabularies; None for raw ids.
+        positions, ranges: see Costs.
         budget: bytes for rows and allocation.
         skew: see LMAConfig.
         shared_fraction: see AllocationBuilder.
@@ -78,7 +82,13 @@ def choose_levels(
     widths = layout.widths or default_widths(layout.dim, min(first, layout.dim))
     while True:
         own, shared_rows, kept = _share_budget(
-            layout, widths, counts, positions, budget, skew, shared_fraction, signature_bytes
+            layout,
+            counts,
+            Costs(widths, layout.value_bytes, positions, ranges),
+            budget,
+            skew,
+            shared_fraction,
+            signature_bytes,
         )
         alike = [k for k in range(len(own) - 1) if own[k] == own[k + 1] and kernel_takes(widths[k] + widths[k + 1])]
         if layout.widths is not None or not alike:
@@ -88,7 +98,7 @@ def choose_levels(
         widths = (*widths[:k], widths[k] + widths[k + 1], *widths[k + 2 :])
     if not any(own):  # telling owners from others would take more than there is
         return shared_levels(layout, budget - signature_bytes), signature_bytes
-    costs = Costs(widths, layout.value_bytes, positions)
+    costs = Costs(widths, layout.value_bytes, positions, ranges)
     if positions is not None and own[0] == counts.size and costs([positions, *own[1:]]) <= costs(own):
         # Rows for a few ids that were not seen cost less than a bitmap that tells them from the others.
         own = [positions, *own[1:]]
@@ -99,17 +109,16 @@ def choose_levels(
 
 def _share_budget(
     layout: MemoryLayout,
-    widths: Sequence[int],
     counts: np.ndarray,
-    positions: int | None,
+    costs: Costs,
     budget: int,
     skew: float,
     shared_fraction: float | None,
     signature_bytes: int,
 ) -> tuple[list[int], int, int]:
     """How many ids own a row of each level, the shared rows of the first, and the bytes kept for signatures."""
+    widths = costs.widths
     row_bytes = widths[0] * layout.value_bytes
-    costs = Costs(widths, layout.value_bytes, positions)
     budget -= padding_bytes(widths, layout.value_bytes)
 
     def choose(shared_rows: int, kept: int) -> list[int]:
@@ -178,7 +187,10 @@ def _largest(low: int, high: int, fits: Callable[[int], bool]) -> int:
 
 
 def place_owners(
-    levels: Sequence[Level], keys: Tensor, positions: Tensor | None, n_positions: int | None
+    levels: Sequence[Level],
+    keys: Tensor,
+    positions: Tensor | None,
+    n_positions: int | None,
 ) -> tuple[tuple[Level, ...], dict[str, Tensor], Tensor]:
     """The tensors that find own rows.
 
@@ -219,6 +231,47 @@ def place_owners(
             row = _ranks(row)
         before = level.own_rows
     return tuple(levels), tensors, owns
+
+
+def first_positions(positions: Tensor, table: Tensor, n_tables: int) -> Tensor | None:
+    """Whether ids are sorted by frequency.
+
+    Args:
+        positions: int64 [V], places among the ids of all vocabularies, most frequent first.
+        table: int64 [V], number of the table of each.
+        n_tables: how many there are.
+    Returns:
+        int64 [n_tables], the position of the most frequent id of each table (0 where there is none), if those of each
+        table are n, n + 1, n + 2, ...; else None.
+    """
+    by_table = torch.sort(table, stable=True)
+    positions, table = positions[by_table.indices], by_table.values
+    same = table[1:] == table[:-1]
+    if not bool((positions[1:] - positions[:-1])[same].eq(1).all()):
+        return None
+    first = torch.ones_like(table, dtype=torch.bool)
+    first[1:] = ~same
+    return torch.zeros(n_tables, dtype=torch.int64).index_copy_(0, table[first], positions[first])
+
+
+def ranges_of(levels: Sequence[Level], first: Tensor, table: Tensor, n_positions: int) -> dict[str, Tensor]:
+    """The owners of levels as ranges, one for each table, as MemoryAllocation describes them.
+
+    Args:
+        levels: of the memory; the first `own_rows` ids own a row of a level.
+        first: see `first_positions`.
+        table: int64 [V], number of the table of each id, most frequent first.
+        n_positions: ids of all vocabularies.
+    """
+    tensors = {}
+    before = n_positions
+    for k, level in enumerate(levels):
+        if 0 < level.own_rows < before:
+            members = torch.bincount(table[: level.own_rows], minlength=first.numel())
+            tensors[f"owners.{k}.ranges"] = torch.stack([first, first + members], 1)
+            first = members.cumsum(0) - members  # in the rows of this level, where the next one looks
+        before = level.own_rows
+    return tensors
 
 
 def _ranks(values: Tensor) -> Tensor:

@@ -60,6 +60,8 @@ def check_memory(
         if before is None:
             if own:
                 _check_index(name, f"owners.{k}", own, left)
+        elif 0 < own < before and f"owners.{k}.ranges" in left:
+            _check_ranges(name, f"owners.{k}.ranges", own, before, len(tables), left)
         elif 0 < own < before:
             _check_bitmap(name, f"owners.{k}", own, before, left)
         before = own
@@ -82,6 +84,21 @@ def _check_bitmap(name: str, of: str, members: int, n: int, left: dict[str, Tens
     _require(
         counted == members and not beyond,
         f"{of}.words of {name!r} has {counted} members of {n}, {beyond} of them beyond; expected {members}",
+    )
+
+
+def _check_ranges(name: str, of: str, members: int, n: int, tables: int, left: dict[str, Tensor]) -> None:
+    ranges = _take(name, of, torch.int64, 2, left)
+    fits = ranges.shape == (tables, 2) and bool((ranges >= 0).all()) and bool((ranges <= n).all())
+    if fits:
+        lengths = ranges[:, 1] - ranges[:, 0]
+        some = ranges[lengths > 0]
+        apart = bool((some[1:, 0] >= some[:-1, 1]).all())
+        fits = apart and bool((lengths >= 0).all()) and int(lengths.sum()) == members
+    _require(
+        fits,
+        f"{of} of {name!r} are {ranges.tolist()}; expected for each of {tables} tables a range of [0, {n}], of "
+        f"{members} ids together",
     )
 
 

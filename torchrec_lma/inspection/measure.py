@@ -266,7 +266,7 @@ class _Rows:
                 place = mix64(ids ^ remap.salts[slot])
             else:
                 place = torch.where((ids >= 0) & (ids < remap.sizes[slot]), ids + remap.first[slot], -1)
-            found.append(remap.signed(place) >= 0)
+            found.append(remap.signed.find(place) >= 0)
         return torch.cat(found)
 
     def of_memory(self, memory: MemoryAllocation, observed: ObservedIds) -> tuple[Tensor, Tensor]:
