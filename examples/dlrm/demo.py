@@ -12,6 +12,7 @@ Each kind has the learning rate that reached the best validation AUC; --search r
 
 import argparse
 import json
+import re
 import shutil
 import statistics
 import subprocess
@@ -39,17 +40,27 @@ KINDS = {
 TRAINING = "--batch-size 128 --epochs 8 --patience 3".split()
 SEARCHED = (0.02, 0.05, 0.1, 0.2)  # of the tables; the layers have the same one for all kinds
 LEARNING_RATES = {"full": 0.05, "smaller dim": 0.1, "LMA": 0.2}  # what the search found
+MINUTES_A_RUN = 1.0  # on 2 cores
 
 
 def torchx(component: str, options: list[str], arguments: list[str], log: Path) -> None:
     """Runs a component of this repository to its end; its output goes to `log`. Exits where it fails."""
     command = ["torchx", "run", "--scheduler", "local_cwd", "--wait", "--log"]
     command += [f"{REPOSITORY}/torchx_components/lma.py:{component}", *options, "--", *arguments]
-    with log.open("w") as output:
-        done = subprocess.run(command, cwd=REPOSITORY, stdout=output, stderr=subprocess.STDOUT)
-    if done.returncode != 0:
+    with log.open("w") as output, log.open() as so_far:
+        running = subprocess.Popen(command, cwd=REPOSITORY, stdout=output, stderr=subprocess.STDOUT)
+        while running.poll() is None:
+            time.sleep(0.2)
+            show_evaluations(so_far.read())
+    if running.returncode != 0:
         tail = "".join(log.read_text().splitlines(keepends=True)[-30:])
         sys.exit(f"{tail}\n{' '.join(command)}\nfailed; all of its output is in {log}")
+
+
+def show_evaluations(text: str) -> None:
+    """Prints what a piece of the trainer's output says of evaluations: a sign of life every few seconds."""
+    for evaluation in re.findall(r"epoch \d+, step \d+ of \d+: .*", text):
+        print(f"         {evaluation}", flush=True)
 
 
 def train(kind: str, lr: float, seed: int, out: Path) -> dict[str, Any]:
@@ -184,6 +195,12 @@ def main() -> None:
     def say(what: str) -> None:
         print(f"[{time.monotonic() - started:4.0f} s] {what}", flush=True)
 
+    runs_ahead = len(KINDS) * (args.seeds + (len(SEARCHED) if args.search else 0))
+    say(
+        f"allocate, train {runs_ahead} models, export and serve one: "
+        f"about {1 + round(runs_ahead * MINUTES_A_RUN)} minutes "
+        f"on 2 cores; all output is in {out}"
+    )
     say(f"MovieLens-100K: allocating LMA tables of dim {DIM} at {COMPRESSION}x from the training rows")
     torchx("allocate", [], ["--out", str(out / "allocation.safetensors"), *DATA, *LMA], out / "allocate.log")
     rates = search(out, say) if args.search else LEARNING_RATES
