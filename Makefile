@@ -1,32 +1,49 @@
 # `make test` and `make demo` need python3.11, git and pip; the rest they install in .venv, once.
 #   make PYTHON=/path/to/python3.11      another interpreter
 #   make DEVICE=cpu | cuda               overrides the look for an NVIDIA GPU
+#   make TORCHREC=1.8 test               the older torchrec that is supported, in .venv-torchrec1.8
 PYTHON ?= python3.11
 DEVICE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
+TORCHREC ?= 1.9
 
+ifeq ($(TORCHREC),1.9)
 VENV := .venv
+EXTRA := $(DEVICE)
+else ifeq ($(TORCHREC),1.8)
+VENV := .venv-torchrec1.8
+EXTRA := $(DEVICE)-torchrec18
+else
+$(error TORCHREC=$(TORCHREC) is not 1.8 or 1.9)
+endif
 COMPLETE := $(VENV)/.complete
-# .venv/bin comes first on PATH so that torchx finds this environment's torchrun and python.
+# $(VENV)/bin comes first on PATH so that torchx finds this environment's torchrun and python.
 IN_VENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 PYTHON_IN_VENV := $(IN_VENV) $(VENV)/bin/python
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+# Of every path one test file: train, shard, checkpoint and restart, export, serve.
+SMOKE := test_modules test_training_stack test_sharded test_train test_export test_serving_end_to_end
 
-.PHONY: help venv demo test test-slow lint clean
+.PHONY: help venv demo test test-slow smoke coverage lint docs clean
 
 help:
 	@echo "make test        the tests (python -m pytest)"
 	@echo "make test-slow   the slow tests (python -m pytest -m slow)"
+	@echo "make smoke       some of the tests, of every path: a few minutes"
+	@echo "make coverage    the tests, and which lines of the library none of them runs"
 	@echo "make demo        full and LMA tables compared on MovieLens-100K through torchx, one served (examples/dlrm/demo.py)"
 	@echo "make lint        ruff and mypy"
-	@echo "make clean       remove .venv, build products and caches; runs/ stays"
+	@echo "make docs        the documentation as a site, with the API reference, in build/site"
+	@echo "make clean       remove the environments, build products and caches; runs/ stays"
+	@echo "Any of them with TORCHREC=1.8: with that torchrec instead of 1.9"
 
 venv: $(COMPLETE)
 
-# The stamp is written last. A .venv without it is from an install that was cut short, in which pip can take a
-# half-unpacked package for an installed one: start anew. A .venv with an old stamp is brought up to date in place.
+# The stamp is written last. An environment without it is from an install that was cut short, in which pip can take a
+# half-unpacked package for an installed one: start anew. One with an old stamp is brought up to date in place.
 #
 # torchrec comes --no-deps, last: its wheel requires fbgemm-gpu (CUDA) and this machine may have fbgemm-gpu-cpu; its
 # other needs are in setup.cfg. On a CPU machine `pip check` therefore says that torchrec lacks fbgemm-gpu, and so does
-# an update in place: expected. The version is the same as in setup.cfg.
+# an update in place: expected.
 #
 # Which torch build comes is up to pip's own configuration (index, find-links, constraints). With none of it, a Linux
 # machine without a GPU may get the CUDA build: it works as well, it is only large.
@@ -35,8 +52,8 @@ $(COMPLETE): setup.cfg pyproject.toml Makefile
 	@echo "Setting up $(VENV) for $(DEVICE): a minute or two, longer if torch is not in pip's cache"
 	if [ ! -e $@ ]; then rm -rf $(VENV) && $(PYTHON) -m venv $(VENV); fi
 	rm -f $@
-	$(VENV)/bin/python -m pip install --disable-pip-version-check --quiet -e '.[$(DEVICE),torchx,serve,plot,test]'
-	$(VENV)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps torchrec==1.8.0
+	$(PIP) install --quiet -e '.[$(EXTRA),torchx,serve,plot,docs,test]'
+	$(PIP) install --quiet --no-deps 'torchrec==$(TORCHREC).*'
 	$(VENV)/bin/python -W ignore -c 'import torchrec, torchx'
 	touch $@
 
@@ -49,11 +66,20 @@ test: venv
 test-slow: venv
 	$(PYTHON_IN_VENV) -m pytest -m slow
 
+smoke: venv
+	$(PYTHON_IN_VENV) -m pytest $(SMOKE:%=tests/%.py)
+
+coverage: venv
+	$(PYTHON_IN_VENV) -m pytest --cov=torchrec_lma --cov-report=term-missing:skip-covered
+
 lint: venv
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+docs: venv
+	$(VENV)/bin/mkdocs build --strict --quiet
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-torchrec* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

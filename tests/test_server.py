@@ -327,4 +327,4 @@ def test_without_the_serve_extra_its_name_is_said(command: str, tmp_path: Path) 
     code += "from torchrec_lma.cli import main; sys.exit(main(sys.argv[1:]))"
     run = [sys.executable, "-W", "ignore", "-c", code, command, *options]
     done = subprocess.run(run, capture_output=True, text=True)
-    assert done.returncode == 2 and "install torchrec_lma[serve]" in done.stderr
+    assert done.returncode == 2 and "pip install 'torchrec_lma[serve]'" in done.stderr

@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from torchrec_lma.requirements import check_torchrec
+
 if TYPE_CHECKING:
     from torchrec_lma.allocation import Allocation, AllocationBuilder
     from torchrec_lma.config import LMAConfig
@@ -10,6 +12,7 @@ if TYPE_CHECKING:
     from torchrec_lma.distributed import LMAEmbeddingBagCollectionSharder, get_default_sharders
     from torchrec_lma.modules import LMAEmbeddingBagCollection
 
+__version__ = "0.1.0"
 __all__ = [
     "Allocation",
     "AllocationBuilder",
@@ -30,6 +33,8 @@ _MODULES = {
     "get_default_sharders": "distributed",
     "reallocate": "conversion",
 }
+
+check_torchrec()
 
 
 def __getattr__(name: str) -> object:

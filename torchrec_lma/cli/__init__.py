@@ -4,6 +4,8 @@ import argparse
 import sys
 from importlib import import_module
 
+from torchrec_lma.requirements import install_line
+
 # Where each subcommand is: only the one that runs is imported, so that none waits for what another needs.
 COMMANDS = {
     "allocate": "torchrec_lma.cli.allocate",
@@ -12,7 +14,6 @@ COMMANDS = {
     "serve": "torchrec_lma.cli.serve",
     "predict": "torchrec_lma.cli.predict",
 }
-SERVE_EXTRA = ("google", "grpc", "grpc_health", "grpc_reflection", "prometheus_client")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,9 +28,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         args.run(args)
     except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] not in SERVE_EXTRA:
+        if (install := install_line(error.name)) is None:
             raise
-        print(f"torchrec-lma {args.command}: {error}; install torchrec_lma[serve]", file=sys.stderr)
+        print(f"torchrec-lma {args.command}: {error}: {install}", file=sys.stderr)
         return 2
     except (ValueError, OSError) as error:
         print(f"torchrec-lma {args.command}: {error}", file=sys.stderr)
