@@ -9,8 +9,13 @@ if TYPE_CHECKING:
     from torchrec_lma.allocation import Allocation, AllocationBuilder
     from torchrec_lma.config import LMAConfig
     from torchrec_lma.conversion import Reallocation, reallocate
-    from torchrec_lma.distributed import LMAEmbeddingBagCollectionSharder, get_default_sharders
+    from torchrec_lma.distributed import (
+        LMAEmbeddingBagCollectionSharder,
+        LMAEmbeddingCollectionSharder,
+        get_default_sharders,
+    )
     from torchrec_lma.modules import LMAEmbeddingBagCollection
+    from torchrec_lma.sequences import LMAEmbeddingCollection
 
 __version__ = "0.1.0"
 __all__ = [
@@ -19,6 +24,8 @@ __all__ = [
     "LMAConfig",
     "LMAEmbeddingBagCollection",
     "LMAEmbeddingBagCollectionSharder",
+    "LMAEmbeddingCollection",
+    "LMAEmbeddingCollectionSharder",
     "Reallocation",
     "get_default_sharders",
     "reallocate",
@@ -29,6 +36,8 @@ _MODULES = {
     "LMAConfig": "config",
     "LMAEmbeddingBagCollection": "modules",
     "LMAEmbeddingBagCollectionSharder": "distributed",
+    "LMAEmbeddingCollection": "sequences",
+    "LMAEmbeddingCollectionSharder": "distributed",
     "Reallocation": "conversion",
     "get_default_sharders": "distributed",
     "reallocate": "conversion",

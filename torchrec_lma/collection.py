@@ -35,7 +35,6 @@ class LMACollection(nn.Module):
 
     __jit_unused_properties__ = ["allocation", "config", "device", "strict", "tables"]
 
-    levels: nn.Module
     _config_type: type[BaseEmbeddingConfig]
 
     def __init__(

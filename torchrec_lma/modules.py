@@ -1,7 +1,7 @@
 """LMAEmbeddingBagCollection: what an EmbeddingBagCollection does, with tables that share compressed memories."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -56,7 +56,9 @@ class LMAEmbeddingBagCollection(LMACollection, EmbeddingBagCollectionInterface):
         ebc(features)["user"]  # float [2, 32]
     """
 
-    levels: EmbeddingBagCollection
+    if TYPE_CHECKING:  # TorchScript reads annotations of classes, and takes this one for an interface
+        levels: EmbeddingBagCollection
+
     _config_type = EmbeddingBagConfig
 
     def __init__(

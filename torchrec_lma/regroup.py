@@ -101,39 +101,6 @@ def without_weights(features: KeyedJaggedTensor) -> KeyedJaggedTensor:
     )
 
 
-@dataclass(frozen=True)
-class Pieces:
-    """Where the columns of unpooled embeddings come from: groups of slots, each a whole table's or a memory's.
-
-    Attributes:
-        keys: of the batch of rows, group by group, level by level, place by place in packed rows, slot by slot.
-        slots: how many each group has.
-        widths, packs: of each level of each group; a level without rows has pack 0.
-        names: of the output.
-        order: where the slot of each name stands among those of the groups.
-    """
-
-    keys: list[str]
-    slots: list[int]
-    widths: list[list[int]]
-    packs: list[list[int]]
-    names: list[str]
-    order: list[int]
-
-    @classmethod
-    def of(cls, slots: Sequence[Slot], allocation: Allocation, remap: Remap) -> "Pieces":
-        whole = [slot for slot in slots if slot.table in allocation.whole]
-        placed = list(dict.fromkeys(remap.sources))
-        return cls(
-            keys=remap.keys,
-            slots=[1] * len(whole) + remap.memory_slots,
-            widths=[[slot.dim] for slot in whole] + [[lv.width for lv in m.levels] for m in allocation.memories],
-            packs=[[1]] * len(whole) + [[lv.pack if lv.rows else 0 for lv in m.levels] for m in allocation.memories],
-            names=[slot.name for slot in slots],
-            order=[placed.index(i) for i in range(len(slots))],
-        )
-
-
 @torch.fx.wrap
 def vectors_of_slots(
     found: list[dict[str, JaggedTensor]],
@@ -206,3 +173,44 @@ def sequences(
             weights = ids[i]
         result[name] = JaggedTensor(values=vectors[i], lengths=lengths[i], weights=weights)
     return result
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Where the columns of unpooled embeddings come from: groups of slots, each a whole table's or a memory's.
+
+    Attributes:
+        keys: of the batch of rows, group by group, level by level, place by place in packed rows, slot by slot.
+        slots: how many each group has.
+        widths, packs: of each level of each group; a level without rows has pack 0.
+        names: of the output.
+        order: where the slot of each name stands among those of the groups.
+    """
+
+    keys: list[str]
+    slots: list[int]
+    widths: list[list[int]]
+    packs: list[list[int]]
+    names: list[str]
+    order: list[int]
+
+    def regroup(
+        self, found: list[dict[str, JaggedTensor]], positions: Tensor, batch: KeyedJaggedTensor, need_indices: bool
+    ) -> dict[str, JaggedTensor]:
+        """The output of an EmbeddingCollection of full tables: see `vectors_of_slots` and `sequences`."""
+        counts = batch.length_per_key()
+        vectors = vectors_of_slots(found, positions, counts, self.keys, self.slots, self.widths, self.packs)
+        return sequences(vectors, batch, self.names, self.order, need_indices)
+
+    @classmethod
+    def of(cls, slots: Sequence[Slot], allocation: Allocation, remap: Remap) -> "Pieces":
+        whole = [slot for slot in slots if slot.table in allocation.whole]
+        placed = list(dict.fromkeys(remap.sources))
+        return cls(
+            keys=remap.keys,
+            slots=[1] * len(whole) + remap.memory_slots,
+            widths=[[slot.dim] for slot in whole] + [[lv.width for lv in m.levels] for m in allocation.memories],
+            packs=[[1]] * len(whole) + [[lv.pack if lv.rows else 0 for lv in m.levels] for m in allocation.memories],
+            names=[slot.name for slot in slots],
+            order=[placed.index(i) for i in range(len(slots))],
+        )

@@ -1,6 +1,7 @@
 """LMAEmbeddingCollection: what an EmbeddingCollection does, with tables that share compressed memories."""
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +17,10 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 from torchrec_lma.allocation.artifact import Allocation
 from torchrec_lma.collection import LMACollection, warn_of_missing_sharder
 from torchrec_lma.features import checked
-from torchrec_lma.regroup import Pieces, numbered, sequences, vectors_of_slots, without_weights
+from torchrec_lma.regroup import Pieces, numbered, without_weights
 
 # torch.fx leaves alone what is wrapped in the module that calls it.
-for _function in ("checked", "numbered", "sequences", "vectors_of_slots", "without_weights"):
+for _function in ("checked", "numbered", "without_weights"):
     torch.fx.wrap(_function)
 
 
@@ -55,7 +56,9 @@ class LMAEmbeddingCollection(LMACollection, EmbeddingCollectionInterface):
         ec(histories)["history"].to_padded_dense(2)  # float [2, 2, 32]
     """
 
-    levels: nn.ModuleDict
+    if TYPE_CHECKING:  # TorchScript reads annotations of classes, and takes this one for an interface
+        levels: nn.ModuleDict
+
     _config_type = EmbeddingConfig
 
     def __init__(
@@ -115,14 +118,7 @@ class LMAEmbeddingCollection(LMACollection, EmbeddingCollectionInterface):
             if isinstance(found[0], LazyAwaitable):
                 warn_of_missing_sharder(self)
                 found = [each.wait() for each in found]
-        return self._regroup(found, rows.weights(), batch)
-
-    def _regroup(
-        self, found: list[dict[str, JaggedTensor]], positions: Tensor, batch: KeyedJaggedTensor
-    ) -> dict[str, JaggedTensor]:
-        to = self._pieces
-        vectors = vectors_of_slots(found, positions, batch.length_per_key(), to.keys, to.slots, to.widths, to.packs)
-        return sequences(vectors, batch, to.names, to.order, self._need_indices)
+        return self._pieces.regroup(found, rows.weights(), batch, self._need_indices)
 
     def embedding_configs(self) -> list[EmbeddingConfig]:
         """The logical tables, as given; `level_configs()` has what TorchRec stores and shards."""

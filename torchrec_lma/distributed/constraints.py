@@ -12,10 +12,10 @@ from typing import Any
 from torch import nn
 from torchrec.distributed.planner import ParameterConstraints
 from torchrec.distributed.planner.constants import NUM_POOLINGS, POOLING_FACTOR
-from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
+from torchrec_lma.collection import LMACollection
 from torchrec_lma.features import Slot, slots_of
-from torchrec_lma.modules import LMAEmbeddingBagCollection
 
 _BY_FEATURE = ("pooling_factors", "num_poolings", "batch_sizes", "feature_names")
 _CHOICES = ("sharding_types", "compute_kernels")
@@ -33,7 +33,7 @@ def level_constraints(
 
     Args:
         model: the model to plan, with any number of LMA collections; or one collection.
-        constraints: by the name of a logical table, or of a level table (`ebc.levels.embedding_bag_configs()`), which
+        constraints: by the name of a logical table, or of a level table (`collection.level_configs()`), which
             then holds as it is; those of other tables are passed through.
     Returns:
         Constraints of every level table and whole table, and the passed through ones.
@@ -49,23 +49,23 @@ def level_constraints(
     """
     result = dict(constraints or {})
     for collection in model.modules():
-        if isinstance(collection, LMAEmbeddingBagCollection):
-            logical = {table.name: table for table in collection.embedding_bag_configs()}
+        if isinstance(collection, LMACollection):
+            logical = {table.name: table for table in collection.tables}
             given = {name: result.pop(name) for name in logical if name in result}
-            for level in collection.levels.embedding_bag_configs():
+            for level in collection.level_configs():
                 if level.name not in result:
                     result[level.name] = _constraints_of(level, collection, logical, given)
     return result
 
 
 def _constraints_of(
-    level: EmbeddingBagConfig,
-    collection: LMAEmbeddingBagCollection,
-    logical: Mapping[str, EmbeddingBagConfig],
+    level: BaseEmbeddingConfig,
+    collection: LMACollection,
+    logical: Mapping[str, BaseEmbeddingConfig],
     constraints: Mapping[str, ParameterConstraints],
 ) -> ParameterConstraints:
     remap = collection.remap
-    slots = slots_of(collection.embedding_bag_configs())
+    slots = slots_of(collection.tables)
     of_keys = [slots[remap.sources[remap.keys.index(key)]] for key in level.feature_names]
     given = {name: constraints[name] for name in {slot.table: None for slot in of_keys} if name in constraints}
 
@@ -101,7 +101,7 @@ def _constraints_of(
     )
 
 
-def _shares(level: EmbeddingBagConfig, collection: LMAEmbeddingBagCollection, slots: Sequence[Slot]) -> list[float]:
+def _shares(level: BaseEmbeddingConfig, collection: LMACollection, slots: Sequence[Slot]) -> list[float]:
     """For each key of a level how many of its slot's ids are looked up there, at most 1."""
     for memory in collection.allocation.memories:
         for k, shape in enumerate(memory.levels):
@@ -145,7 +145,7 @@ def _agreed(level: str, given: Mapping[str, ParameterConstraints]) -> dict[str, 
     return result
 
 
-def refuse_constraints_of_logical_tables(module: LMAEmbeddingBagCollection) -> None:
+def refuse_constraints_of_logical_tables(module: LMACollection) -> None:
     """Raises ValueError where TorchRec's planner, which asks for the shardable parameters, would drop a constraint.
 
     The planner looks constraints up by the names of the tables it plans, and says nothing of others; a sharder is not
@@ -156,11 +156,11 @@ def refuse_constraints_of_logical_tables(module: LMAEmbeddingBagCollection) -> N
     constraints = getattr(enumerator, "_constraints", None)
     if not isinstance(constraints, Mapping):
         return
-    planned = {table.name for table in module.levels.embedding_bag_configs()}
-    dropped = [t.name for t in module.embedding_bag_configs() if t.name in constraints and t.name not in planned]
+    planned = {table.name for table in module.level_configs()}
+    dropped = [t.name for t in module.tables if t.name in constraints and t.name not in planned]
     if dropped:
         raise ValueError(
-            f"the planner was given constraints for {dropped}, logical tables of an LMAEmbeddingBagCollection, and "
+            f"the planner was given constraints for {dropped}, logical tables of an LMA collection, and "
             f"would drop them: it plans {sorted(planned)}. Give it what "
             "torchrec_lma.distributed.level_constraints(model, constraints) makes of them"
         )

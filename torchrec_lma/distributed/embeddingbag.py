@@ -4,14 +4,13 @@ TorchRec's own ShardedEmbeddingBagCollection holds the level tables, under any o
 it, the remap runs on the local batch before the input dist, and the regroup when the pooled levels are waited for.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torchrec.distributed.embedding_types import BaseEmbeddingSharder, KJTList, ShardedEmbeddingModule
+from torch import Tensor
+from torchrec.distributed.embedding_types import KJTList
 from torchrec.distributed.embeddingbag import (
     EmbeddingBagCollectionContext,
     EmbeddingBagCollectionSharder,
@@ -19,18 +18,15 @@ from torchrec.distributed.embeddingbag import (
 )
 from torchrec.distributed.types import (
     Awaitable,
-    EnumerableShardingSpec,
     LazyAwaitable,
     ParameterSharding,
     QuantizedCommCodecs,
     ShardingEnv,
 )
-from torchrec.distributed.utils import append_prefix
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
-from torchrec_lma.allocation.artifact import Allocation
-from torchrec_lma.distributed.constraints import refuse_constraints_of_logical_tables
+from torchrec_lma.distributed.collection import LMASharder, ShardedLMACollection, refuse_ranks_without_rows
 from torchrec_lma.features import bag_lengths, checked
 from torchrec_lma.modules import LMAEmbeddingBagCollection
 from torchrec_lma.regroup import divide_by_lengths, regroup
@@ -48,9 +44,7 @@ class LMAEmbeddingBagCollectionContext(EmbeddingBagCollectionContext):
             self.bag_lengths.record_stream(stream)
 
 
-class ShardedLMAEmbeddingBagCollection(
-    ShardedEmbeddingModule[KJTList, list[Tensor], KeyedTensor, LMAEmbeddingBagCollectionContext]
-):
+class ShardedLMAEmbeddingBagCollection(ShardedLMACollection[KeyedTensor, LMAEmbeddingBagCollectionContext]):
     """An LMAEmbeddingBagCollection of which `levels` is sharded; every rank has the whole remap.
 
     Args:
@@ -59,6 +53,8 @@ class ShardedLMAEmbeddingBagCollection(
         ebc_sharder: shards `levels`.
         env, device: as in TorchRec.
     """
+
+    levels: ShardedEmbeddingBagCollection
 
     def __init__(
         self,
@@ -69,27 +65,15 @@ class ShardedLMAEmbeddingBagCollection(
         device: torch.device,
         module_fqn: str | None = None,
     ) -> None:
-        super().__init__()
-        if device.type == "cpu":
-            _refuse_ranks_without_rows(table_name_to_parameter_sharding)
-        # Children in the order of the unsharded module: torchrec.distributed.shard compares names in order.
-        self.remap = module.remap.to("cpu" if device.type == "meta" else device)
-        self.levels: ShardedEmbeddingBagCollection = ebc_sharder.shard(
+        refuse_ranks_without_rows(table_name_to_parameter_sharding, device)
+        levels = ebc_sharder.shard(
             module.levels, table_name_to_parameter_sharding, env=env, device=device, module_fqn=module_fqn
         )
-        # What the base class does with lookups (prefetch, train) is meant for those of `levels`.
-        self._lookups: list[nn.Module] = self.levels._lookups
-        self._tables = module.embedding_bag_configs()
-        self._allocation = module.allocation
+        super().__init__(module, levels, {"levels": levels}, device)
         self._is_weighted = module.is_weighted()
-        self._features = module._features
         self._regroup = partial(_regrouped, module._names, module._dims, module._piece_keys, module._piece_widths)
         self._has_mean = module._has_mean
         self._is_mean = module._is_mean
-        self._register_load_state_dict_pre_hook(self._check_state_dict)
-
-    def _check_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: object) -> None:
-        self.remap.check_state_dict(state_dict, f"{prefix}remap.")
 
     def create_context(self) -> LMAEmbeddingBagCollectionContext:
         return LMAEmbeddingBagCollectionContext()
@@ -140,35 +124,8 @@ class ShardedLMAEmbeddingBagCollection(
         return self._is_weighted
 
     @property
-    def allocation(self) -> Allocation:
-        return self._allocation
-
-    def sharded_parameter_names(self, prefix: str = "") -> Iterator[str]:
-        # Buffers too: the remap is the same on every rank, and DDP shall not send it around.
-        yield from self.levels.sharded_parameter_names(append_prefix(prefix, "levels"))
-        for name, _ in self.remap.named_buffers(append_prefix(prefix, "remap")):
-            yield name
-
-    @property
     def unsharded_module_type(self) -> type[LMAEmbeddingBagCollection]:
         return LMAEmbeddingBagCollection
-
-
-def _refuse_ranks_without_rows(plan: dict[str, ParameterSharding]) -> None:
-    """Raises ValueError for a table of which a rank gets no row.
-
-    FBGEMM's CPU kernels tell tables apart by where their rows begin, and read past the last one if it has none: wrong
-    gradients, absurd errors or a crash, on any table. A level may well have fewer rows than there are ranks.
-    """
-    for name, sharding in plan.items():
-        shards = sharding.sharding_spec.shards if isinstance(sharding.sharding_spec, EnumerableShardingSpec) else []
-        without = [shard.placement.rank() for shard in shards if shard.shard_sizes[0] == 0]
-        if without:
-            rows = max(shard.shard_offsets[0] + shard.shard_sizes[0] for shard in shards)
-            raise ValueError(
-                f"table {name!r} has {rows} rows, of which {sharding.sharding_type} sharding gives none to ranks "
-                f"{without}, which FBGEMM's CPU kernels do not survive; shard it table_wise or data_parallel"
-            )
 
 
 def _regrouped(
@@ -186,7 +143,7 @@ def _regrouped(
     return KeyedTensor(keys=names, length_per_key=dims, values=values)
 
 
-class LMAEmbeddingBagCollectionSharder(BaseEmbeddingSharder[LMAEmbeddingBagCollection]):
+class LMAEmbeddingBagCollectionSharder(LMASharder[LMAEmbeddingBagCollection]):
     """Shards an LMAEmbeddingBagCollection: a plan has its level tables and whole tables by name.
 
     Args:
@@ -194,16 +151,18 @@ class LMAEmbeddingBagCollectionSharder(BaseEmbeddingSharder[LMAEmbeddingBagColle
         fused_params, qcomm_codecs_registry: of the sharder that is made where none is given.
     """
 
+    _plain_sharder: EmbeddingBagCollectionSharder
+
     def __init__(
         self,
         ebc_sharder: EmbeddingBagCollectionSharder | None = None,
         fused_params: dict[str, Any] | None = None,
         qcomm_codecs_registry: dict[str, QuantizedCommCodecs] | None = None,
     ) -> None:
-        super().__init__(qcomm_codecs_registry=qcomm_codecs_registry)
-        self._ebc_sharder = ebc_sharder or EmbeddingBagCollectionSharder(
-            fused_params=fused_params, qcomm_codecs_registry=self.qcomm_codecs_registry
+        ebc_sharder = ebc_sharder or EmbeddingBagCollectionSharder(
+            fused_params=fused_params, qcomm_codecs_registry=qcomm_codecs_registry
         )
+        super().__init__(ebc_sharder, qcomm_codecs_registry)
 
     def shard(
         self,
@@ -214,22 +173,8 @@ class LMAEmbeddingBagCollectionSharder(BaseEmbeddingSharder[LMAEmbeddingBagColle
         module_fqn: str | None = None,
     ) -> ShardedLMAEmbeddingBagCollection:
         return ShardedLMAEmbeddingBagCollection(
-            module, params, self._ebc_sharder, env, device or torch.device("cuda"), module_fqn
+            module, params, self._plain_sharder, env, device or torch.device("cuda"), module_fqn
         )
-
-    def shardable_parameters(self, module: LMAEmbeddingBagCollection) -> dict[str, nn.Parameter]:
-        refuse_constraints_of_logical_tables(module)
-        return self._ebc_sharder.shardable_parameters(module.levels)
-
-    def sharding_types(self, compute_device_type: str) -> list[str]:
-        return self._ebc_sharder.sharding_types(compute_device_type)
-
-    def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
-        return self._ebc_sharder.compute_kernels(sharding_type, compute_device_type)
-
-    @property
-    def fused_params(self) -> dict[str, Any] | None:
-        return self._ebc_sharder.fused_params
 
     @property
     def module_type(self) -> type[LMAEmbeddingBagCollection]:
