@@ -19,7 +19,9 @@ from hypothesis import strategies as st
 from torchrec.datasets.utils import Batch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-import torchrec_lma.datasets.readers as data
+import torchrec_lma.datasets.criteo as criteo
+import torchrec_lma.datasets.parquet as parquet
+import torchrec_lma.datasets.rows as rows_module
 from torchrec_lma.cli import main as torchrec_lma
 from torchrec_lma.datasets import (
     CriteoDataset,
@@ -31,6 +33,7 @@ from torchrec_lma.datasets import (
     encode_numeric,
     movielens,
 )
+from torchrec_lma.datasets.schema import SPLITS
 from torchrec_lma.options import add_data_options, make_tables, open_dataset
 
 MANY = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -168,7 +171,8 @@ def test_reading_in_small_chunks_changes_nothing(tmp_path: Path, monkeypatch: py
 
     path = rows_file(tmp_path / "t.parquet", 100, row_group_size=30)
     whole = read()
-    monkeypatch.setattr(data, "READ_ROWS", 4)
+    for module in (rows_module, parquet):
+        monkeypatch.setattr(module, "READ_ROWS", 4)
     assert read() == whole == [[80, 81, 82], [83, 84, 85], [86, 87, 88], [89]]
 
 
@@ -255,7 +259,7 @@ def test_drop_last_leaves_full_batches_on_every_rank(hundred: Path, batch_size: 
 def test_time_split_takes_the_last_rows_and_keeps_ties_together(hundred: Path) -> None:
     dataset = ParquetDataset(hundred, ROW, Split("time", ("time",), validation_fraction=0.2, test_fraction=0.1))
     # Newest first. Rows 0..9 are asked for the test, and 9..11 are a tie; 10 + 20 rows end just before a tie.
-    assert {name: flat(ids(dataset.batches(name, batch_size=9))) for name in data.SPLITS} == {
+    assert {name: flat(ids(dataset.batches(name, batch_size=9))) for name in SPLITS} == {
         "train": list(range(30, 100)),
         "validation": list(range(12, 30)),
         "test": list(range(12)),
@@ -351,7 +355,7 @@ def test_a_rank_opens_only_row_groups_of_its_share(tmp_path: Path, monkeypatch: 
     dataset = ParquetDataset(rows_file(tmp_path / "t.parquet", 40, row_group_size=10), ROW)
     opened, read = [], ParquetDataset._read
 
-    def spy(self: ParquetDataset, unit: data.Unit, columns: tuple[str, ...]) -> Iterator[pa.RecordBatch]:
+    def spy(self: ParquetDataset, unit: rows_module.Unit, columns: tuple[str, ...]) -> Iterator[pa.RecordBatch]:
         opened.append(unit.row_group)
         return read(self, unit, columns)
 
@@ -364,7 +368,8 @@ def test_a_rank_opens_only_row_groups_of_its_share(tmp_path: Path, monkeypatch: 
 
 
 def test_cardinalities_count_distinct_ids_of_the_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "READ_ROWS", 16)  # many merges
+    for module in (rows_module, parquet):
+        monkeypatch.setattr(module, "READ_ROWS", 16)  # many merges
     random = np.random.default_rng(0)
     frame = pd.DataFrame({"label": 0, "many": random.integers(-(2**62), 2**62, 500), "few": random.integers(0, 9, 500)})
     frame["few"] = frame["few"].replace(0, None).astype("Int64")
@@ -435,7 +440,7 @@ def criteo_file(path: Path, rows: int, **changes: tuple[int, str]) -> Path:
 
 
 def test_criteo_files_are_one_sequence_that_ranks_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "CSV_BLOCK_BYTES", 200)  # several blocks a file
+    monkeypatch.setattr(criteo, "CSV_BLOCK_BYTES", 200)  # several blocks a file
     paths = [criteo_file(tmp_path / "day_0", 30), criteo_file(tmp_path / "day_1", 11)]
     dataset = CriteoDataset(paths, Split("time", test_fraction=0.5, validation_fraction=0.25))
     assert dataset.num_rows("all") == 41
@@ -468,7 +473,7 @@ def test_the_command_line_takes_criteo_by_path_and_by_uri(tmp_path: Path) -> Non
         parser = argparse.ArgumentParser()
         add_data_options(parser)
         dataset = open_dataset(parser.parse_args(["--data", where, "--format", "criteo"]))
-        assert sum(dataset.num_rows(split) for split in data.SPLITS) == 20
+        assert sum(dataset.num_rows(split) for split in SPLITS) == 20
 
 
 @pytest.mark.parametrize("whole_archive", [False, True])
@@ -552,7 +557,7 @@ def test_missing_files_and_columns_are_named(hundred: Path, tmp_path: Path) -> N
     ):
         with pytest.raises(FileNotFoundError, match="no.parquet does not exist"):
             reader()
-    with pytest.raises(FileNotFoundError, match="no \\*.parquet file"):
+    with pytest.raises(FileNotFoundError, match="holds no \\*.parquet or"):
         ParquetDataset(tmp_path, ROW)
     with pytest.raises(ValueError, match="no column 'item', it has row, label, user, name, time"):
         ParquetDataset(hundred, Schema("label", ("user", "item")))

@@ -6,15 +6,16 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pyarrow as pa
 
-from torchrec_lma.datasets.readers import READ_ROWS, Path, RowDataset, Schema, Split, Unit
+from torchrec_lma.datasets.rows import READ_ROWS, RowDataset, Unit
+from torchrec_lma.datasets.schema import Path, Schema, Split
 
 
 class NumpyDataset(RowDataset):
     """A directory of `<column>.npy` files, memory-mapped, as TorchRec batches.
 
     Args:
-        path: local directory. Each column of the schema and of the split is an array [rows], or for bags of n ids
-            [rows, n], of a type that `encode_ids` and `encode_numeric` take.
+        path: local directory. Each column of the schema and of the split is an array [rows] or [rows, 1], or for bags
+            of n ids [rows, n], of a type that `encode_ids` and `encode_numeric` take.
         schema: the columns to use.
         split: see `Split`.
 
@@ -35,6 +36,8 @@ class NumpyDataset(RowDataset):
         rows = {name: len(self._column(name)) for name in names}
         if len(set(rows.values())) > 1:
             raise ValueError(f"the columns in {folder} have different numbers of rows: {rows}; write them again")
+        types = [(name, _to_arrow(self._column(name)[:1]).type) for name in names]
+        self._check_columns(folder, pa.schema(types))
         return [Unit(folder, rows[self.schema.columns[0]])]
 
     def _read(self, unit: Unit, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
@@ -52,6 +55,8 @@ class NumpyDataset(RowDataset):
             array = np.load(path, mmap_mode="r")
         except (ValueError, EOFError, OSError) as error:
             raise ValueError(f"{path} is truncated or no .npy array of numbers or strings ({error})") from error
+        while isinstance(array, np.ndarray) and array.ndim > 1 and array.shape[-1] == 1:
+            array = array[..., 0]  # a column of a matrix
         if not isinstance(array, np.ndarray) or array.ndim not in (1, 2):
             raise ValueError(f"{path} has shape {getattr(array, 'shape', None)}: a column is [rows] or [rows, ids]")
         try:
