@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -122,6 +123,19 @@ def test_a_failed_check_leaves_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(CheckFailed, match="tolerance of 1e-09"):
         export(of_dlrm(model), path, "int4", tolerance=1e-9)
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_an_export_that_the_disk_has_no_room_for_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    path.write_bytes(b"old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # as a disk with no more space
+    try:
+        with pytest.raises(OSError, match=r"File too large for [0-9,]+ bytes: '.*/model.pt'"):
+            export(of_dlrm(make_dlrm("full")), path, "int8")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [file.name for file in tmp_path.iterdir()] == ["model.pt"] and path.read_bytes() == b"old"
 
 
 def test_a_nan_is_no_success(tmp_path: Path) -> None:

@@ -3,10 +3,10 @@
 import contextlib
 import importlib
 import importlib.util
+import io
 import os
 import subprocess
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,12 +32,14 @@ ID_LIST, ID_SCORE_LIST = "id_list_features", "id_score_list_features"
 
 # Runs where nothing but torch and fbgemm_gpu is imported, as in a server.
 _PREDICT = """
-import sys, torch, fbgemm_gpu
-torch.set_num_threads(int(sys.argv[4]))
+import io, sys, torch, fbgemm_gpu
+torch.set_num_threads(int(sys.argv[2]))
 model = torch.jit.load(sys.argv[1])
-requests = torch.load(sys.argv[2])
-torch.save([model(request)["default"] for request in requests], sys.argv[3])
+requests = torch.load(io.BytesIO(sys.stdin.buffer.read()))
+predictions = io.BytesIO()
+torch.save([model(request)["default"] for request in requests], predictions)
 assert not {"torchrec", "torchrec_lma"} & set(sys.modules), "it needs more than fbgemm_gpu"
+sys.stdout.buffer.write(predictions.getvalue())
 """
 
 
@@ -222,6 +224,7 @@ def export(
         ValueError: a dtype that the tables cannot be stored in, weights loaded from a checkpoint of another allocation,
             a sample that does not fit the names, no feature at all, or a device that is not there.
         CheckFailed: the model does not predict what it should; `path` is as it was.
+        OSError: it cannot be written, for want of space, say; `path` is as it was.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown; choose one of {list(DTYPES)}")
@@ -251,7 +254,12 @@ def export(
         )
     scripted = script(model)
     with _replacing(path) as script_file:
-        torch.jit.save(scripted, str(script_file), _extra_files={METADATA_FILE: contract.to_json()})
+        # Not torch.jit.save, whose writer aborts the process where the disk is full.
+        content = scripted.save_to_buffer(_extra_files={METADATA_FILE: contract.to_json()})
+        try:
+            script_file.write_bytes(content)
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror} for {len(content):,} bytes", str(path)) from error
         for request, served, wanted in zip(requests, predict_in_new_process(script_file, requests), expected):
             if not torch.equal(served, wanted):
                 ids = {key: str(value.dtype) for key, value in request.items() if key.startswith("id_")}
@@ -279,15 +287,14 @@ def predict_in_new_process(path: Path, requests: list[dict[str, Tensor]]) -> lis
 
     Raises CheckFailed with the output of the process if it fails.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        inputs, outputs = f"{folder}/in.pt", f"{folder}/out.pt"
-        torch.save(requests, inputs)
-        command = [sys.executable, "-W", "ignore", "-c", _PREDICT, str(path), inputs, outputs]
-        command.append(str(torch.get_num_threads()))  # matrix products are cut, and so rounded, by threads
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode != 0:
-            raise CheckFailed(f"{path.name} does not run in a new process:\n{done.stderr[-3000:]}")
-        return torch.load(outputs)
+    inputs = io.BytesIO()
+    torch.save(requests, inputs)
+    command = [sys.executable, "-W", "ignore", "-c", _PREDICT, str(path)]
+    command.append(str(torch.get_num_threads()))  # matrix products are cut, and so rounded, by threads
+    done = subprocess.run(command, input=inputs.getvalue(), capture_output=True)
+    if done.returncode != 0:
+        raise CheckFailed(f"{path.name} does not run in a new process:\n{done.stderr.decode()[-3000:]}")
+    return torch.load(io.BytesIO(done.stdout))
 
 
 def _difference(a: Tensor, b: Tensor) -> float:
