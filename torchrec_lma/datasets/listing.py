@@ -27,19 +27,19 @@ def list_files(path: Path, endings: Sequence[str] = ("",)) -> tuple[pyarrow.fs.F
         FileNotFoundError: there is no such file.
         ValueError: a directory has files of several splits, by their names.
     """
-    text = os.fspath(path)
-    filesystem, root = _filesystem(text)
-    kind = filesystem.get_file_info(root).type
-    if kind == pyarrow.fs.FileType.File:
-        return filesystem, [root]
-    pattern = None
-    if kind == pyarrow.fs.FileType.NotFound:
-        if not re.search(r"[*?[]", text):
+    text, pattern = os.fspath(path), None
+    wild = re.search(r"[*?[]", text)
+    if wild and ("://" in text or not os.path.exists(text)):
+        folder, slash, first = text[: wild.start()].rpartition("/")
+        filesystem, root = _filesystem(folder or slash or ".")
+        pattern = first + text[wild.start() :]
+    else:
+        filesystem, root = _filesystem(text)
+        kind = filesystem.get_file_info(root).type
+        if kind == pyarrow.fs.FileType.NotFound:
             raise FileNotFoundError(f"{text} does not exist: give the path of a file or a directory of files")
-        pattern = os.path.basename(text) if "/" not in text else None
-        folder = re.split(r"[*?[]", text)[0].rpartition("/")[0]
-        pattern = text[len(folder) :].lstrip("/")
-        filesystem, root = _filesystem(folder or ("/" if text.startswith("/") else "."))
+        if kind == pyarrow.fs.FileType.File:
+            return filesystem, [root]
     found = filesystem.get_file_info(pyarrow.fs.FileSelector(root, recursive=True, allow_not_found=True))
     names = [info.path[len(root) :].lstrip("/") for info in found if info.is_file]
     if pattern is not None:
