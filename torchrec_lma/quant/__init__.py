@@ -1,9 +1,9 @@
 """Quantized LMA tables, and their export for serving.
 
 Training's three parts stay: the remap from raw ids to rows, the level tables, the regroup. Only the middle one changes:
-`levels` is a plain EmbeddingBagCollection, which TorchRec's `quantize_inference_model` swaps for its own quantized one,
-`shard_quant_model` shards with its own sharders, and its tracer traces. So ids have the rows of training, and there is
-no quantized module of this library.
+`levels` is a plain EmbeddingBagCollection, or plain EmbeddingCollections, which TorchRec's `quantize_inference_model`
+swaps for its own quantized ones, `shard_quant_model` shards with its own sharders, and its tracer traces. So ids have
+the rows of training, and there is no quantized module of this library.
 
 * `quantize(model, dtype)`: that function, with what it leaves out.
 * `script(model)`: TorchScript of a quantized model.

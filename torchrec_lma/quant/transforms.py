@@ -8,7 +8,7 @@ from torch import nn
 from torchrec.fx import Tracer
 from torchrec.inference.modules import quantize_inference_model
 from torchrec.modules.embedding_configs import DATA_TYPE_NUM_BITS, dtype_to_data_type
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.quant.embedding_modules import (
     quant_prep_customize_row_alignment,
     quant_prep_enable_quant_state_dict_split_scale_bias_for_types,
@@ -16,7 +16,7 @@ from torchrec.quant.embedding_modules import (
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_lma.allocation import Allocation
-from torchrec_lma.modules import LMAEmbeddingBagCollection
+from torchrec_lma.collection import LMACollection, configs_of, tables_of
 
 # What `--dtype` may say, the most exact first (docs/serving.md has the measured errors).
 DTYPES: dict[str, torch.dtype] = {
@@ -26,6 +26,7 @@ DTYPES: dict[str, torch.dtype] = {
     "int4": torch.quint4x2,
     "int2": torch.quint2x4,
 }
+PLAIN_COLLECTIONS = (EmbeddingBagCollection, EmbeddingCollection)
 # Modules that a trace calls and does not look into.
 LEAF_MODULES = ["IntNBitTableBatchedEmbeddingBagsCodegen"]
 
@@ -37,7 +38,7 @@ def quantize(
 ) -> nn.Module:
     """TorchRec's `quantize_inference_model` for models with LMA tables, full tables or both.
 
-    That function alone quantizes LMA tables too: `levels` is a plain EmbeddingBagCollection. This one adds what it
+    That function alone quantizes LMA tables too: `levels` is a plain collection, or several. This one adds what it
     leaves out: BF16 weights, rows without padding on the CPU, dtypes by the names of logical tables, errors that say
     what to do, and a model that traces at once.
 
@@ -55,25 +56,26 @@ def quantize(
         ValueError: a dtype that a table cannot be stored in; a name of no table; tables of one memory with different
             dtypes; weights on the meta device, or loaded from a checkpoint of another allocation.
     """
-    lma = [module for module in model.modules() if isinstance(module, LMAEmbeddingBagCollection)]
+    lma = [module for module in model.modules() if isinstance(module, LMACollection)]
     for collection in lma:
         _check_allocation(collection)
         collection.strict = False  # an error would depend on data, which a traced graph cannot
     dtypes = _by_stored_table(model, lma, per_table_weight_dtype or {})
     for module in model.modules():
-        if type(module) is EmbeddingBagCollection:
+        if type(module) in PLAIN_COLLECTIONS:
             _prepare(module, dtypes, dtype)
     quantize_inference_model(model, per_table_weight_dtype=dtypes, fp_weight_dtype=dtype, quantization_dtype=dtype)
     for collection in lma:
-        # TorchRec's collection looks up the order of its features at the first batch, which a trace cannot do.
+        # TorchRec's collections look up the order of their features at the first batch, which a trace cannot do.
         keys = collection.remap.keys
         none = torch.empty(0, dtype=torch.int32, device=collection.device)
-        weights = none.float() if collection.is_weighted() else None
-        collection.levels(KeyedJaggedTensor(keys=keys, values=none, lengths=none.new_zeros(len(keys)), weights=weights))
+        for plain in collection.plain_collections():
+            weights = none.float() if getattr(plain, "is_weighted", bool)() else None
+            plain(KeyedJaggedTensor(keys=keys, values=none, lengths=none.new_zeros(len(keys)), weights=weights))
     return model
 
 
-def _check_allocation(collection: LMAEmbeddingBagCollection) -> None:
+def _check_allocation(collection: LMACollection) -> None:
     """Raises ValueError unless the weights are those of the allocation that decides their rows, and both are there."""
     if any(weight.device.type == "meta" for weight in collection.parameters()):
         raise ValueError("an LMA collection is on the meta device: load its weights before it is quantized")
@@ -88,7 +90,7 @@ def _check_allocation(collection: LMAEmbeddingBagCollection) -> None:
 
 
 def _by_stored_table(
-    model: nn.Module, lma: list[LMAEmbeddingBagCollection], given: Mapping[str, torch.dtype]
+    model: nn.Module, lma: list[LMACollection], given: Mapping[str, torch.dtype]
 ) -> dict[str, torch.dtype]:
     """Dtypes by the names of the tables that TorchRec stores, from those that may name logical tables."""
     dtypes = dict(given)
@@ -108,18 +110,18 @@ def _by_stored_table(
     stored = {
         table.name
         for module in model.modules()
-        for get in ("embedding_bag_configs", "embedding_configs")
-        if not isinstance(module, LMAEmbeddingBagCollection) and hasattr(module, get)
-        for table in getattr(module, get)()
+        if not isinstance(module, LMACollection)
+        and (hasattr(module, "embedding_bag_configs") or hasattr(module, "embedding_configs"))
+        for table in configs_of(module)
     }
     if unknown := sorted(given.keys() - stored - logical):
         raise ValueError(f"per_table_weight_dtype names {unknown}, the model has {sorted(stored | logical)}")
     return {name: dtype for name, dtype in dtypes.items() if name in stored}
 
 
-def _prepare(collection: EmbeddingBagCollection, dtypes: Mapping[str, torch.dtype], default: torch.dtype) -> None:
+def _prepare(collection: nn.Module, dtypes: Mapping[str, torch.dtype], default: torch.dtype) -> None:
     """Makes a collection one that TorchRec quantizes. Raises ValueError where a table cannot have its dtype."""
-    for table in collection.embedding_bag_configs():
+    for table in configs_of(collection):
         dtype = dtypes.get(table.name, default)
         if dtype not in DTYPES.values():
             raise ValueError(f"tables cannot be quantized to {dtype}; choose one of {[*DTYPES.values()]}")
@@ -129,10 +131,10 @@ def _prepare(collection: EmbeddingBagCollection, dtypes: Mapping[str, torch.dtyp
                 f"table {table.name!r} has {table.embedding_dim} columns; {dtype} needs a multiple of {16 // bits}: "
                 "choose a finer dtype, or one for this table by per_table_weight_dtype"
             )
-        bag = collection.embedding_bags[table.name]
-        if bag.weight.dtype == torch.bfloat16:  # which TorchRec does not quantize; every BF16 is an FP32
-            bag.weight = nn.Parameter(bag.weight.detach().float())
-    types: list[type[nn.Module]] = [EmbeddingBagCollection]
+        stored = tables_of(collection)[table.name]
+        if stored.weight.dtype == torch.bfloat16:  # which TorchRec does not quantize; every BF16 is an FP32
+            stored.weight = nn.Parameter(stored.weight.detach().float())
+    types: list[type[nn.Module]] = [*PLAIN_COLLECTIONS]
     if all(weight.device.type == "cpu" for weight in collection.parameters()):
         quant_prep_customize_row_alignment(collection, types, 1)  # TorchRec pads rows to 16 bytes, as the GPU needs
     # With scales apart from values, the state_dict loads into collections under any sharding.
