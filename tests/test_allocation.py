@@ -374,14 +374,16 @@ def test_own_rows_of_a_vocabulary_sorted_by_frequency_are_the_ids_themselves() -
 
 
 @pytest.mark.parametrize("compression", [8, 40, 200])
-@pytest.mark.parametrize("unseen_first", [0, 3])
+@pytest.mark.parametrize("unseen_first", [0, 1, 3])
 def test_vocabularies_sorted_by_frequency_need_no_bitmap(compression: float, unseen_first: int) -> None:
     """Their rows are those that bitmaps of the same owners would give."""
     tables = [table(name, dim=16, num_embeddings=size) for name, size in (("user", 300), ("item", 200), ("tag", 100))]
     builder = AllocationBuilder(tables, LMAConfig(compression, skew=1), whole_fraction=0.0)
     for i, each in enumerate(tables):
         ids = np.arange(unseen_first, each.num_embeddings - 20)
-        builder.add_counts(each.name, ids, 1 + 5000 * (i + 1) // (ids + 1))
+        counts = 1 + 5000 * (i + 1) // (ids + 1)
+        counts[ids == 0] = (1, 40, 9000)[i]  # id 0 stands for all that is unknown
+        builder.add_counts(each.name, ids, counts)
     allocation = builder.build()
     (memory,) = allocation.memories
     assert memory.tensors and all(name.endswith(".ranges") for name in memory.tensors)

@@ -48,8 +48,8 @@ class Data:
 
     Attributes:
         columns: names.
-        ids: int64 [rows, columns]; an id of a column is in [0, sizes[column]), the last one stands for all values
-            that no training row has.
+        ids: int64 [rows, columns]; an id of a column is in [0, sizes[column]), most frequent first; the last one stands
+            for all values that no training row has.
         sizes: of the columns' vocabularies.
         counts: int64 [size] of each column, how often an id occurs in training.
         labels: float32 [rows], 0 or 1.
@@ -126,8 +126,8 @@ def _encode(frame: pd.DataFrame, columns: list[str]) -> Data:
     train, validation, _ = (round(n * end) for end in itertools.accumulate(SPLIT))
     ids, sizes, counts = [], [], []
     for column in columns:
-        values = frame[column].astype(str)
-        vocabulary = pd.Index(values.iloc[:train].unique())
+        values = frame[column].astype(str).fillna("")
+        vocabulary = values.iloc[:train].value_counts().index  # most frequent first
         of_column = vocabulary.get_indexer(values)
         of_column[of_column < 0] = len(vocabulary)
         ids.append(of_column)

@@ -103,7 +103,7 @@ class Budget:
             ids = np.stack([new[ids[:, i]] for i, new in enumerate(relabel)], 1)
             sizes = [int(new.max()) + 1 for new in relabel]
         tables = self.tables(sizes, dim, data_type)
-        used = sum(sizes) * dim * (4 if data_type == DataType.FP32 else 2) + more
+        used = sum(sizes) * dim * (4 if data_type == DataType.FP32 else 2)
         return Method(self.data.columns, ids, lambda: EmbeddingBagCollection(tables=tables), used)
 
     def lma(
@@ -195,10 +195,9 @@ def quotient_remainder(budget: Budget, seed: int) -> Method:
 
 def hot_and_hashed(budget: Budget, seed: int) -> Method:
     """The usual rule of the industry: the most frequent ids of all tables own a row of 7/8 of the budget, those of a
-    table that are left share their part of the rest. A bit for each id says which."""
+    table that are left share their part of the rest. Which those are is seen from the id: the frequent come first."""
     sizes = budget.data.sizes
-    keep = sum(sizes) // 4  # 2 bits an id, as a bitmap with ranks takes
-    rows = (budget.bytes - keep) // (budget.dim * 2)
+    rows = budget.bytes // (budget.dim * 2)
     counts = np.concatenate(budget.data.counts)
     column = np.repeat(np.arange(len(sizes)), sizes)
     own = np.zeros(counts.size, bool)
@@ -211,7 +210,7 @@ def hot_and_hashed(budget: Budget, seed: int) -> Method:
         new = np.where(of_column, np.cumsum(of_column) - 1, of_column.sum() + _hashed(np.arange(size), share, seed, i))
         relabel.append(new)
         start += size
-    method = budget.plain(budget.dim, DataType.FP16, relabel, keep)
+    method = budget.plain(budget.dim, DataType.FP16, relabel)
     if method.bytes > budget.bytes * 1.1:
         raise NotPossible("a hashed row for each table alone takes more")
     return method

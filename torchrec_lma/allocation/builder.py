@@ -334,18 +334,20 @@ class AllocationBuilder:
                 record[table.name]["out_of_vocabulary"] = int(beyond.sum())
             ids, positions = ids.select(inside), positions[inside]
             n_positions = sum(table.num_embeddings for table in tables)
-        # Descending frequency; ids of equal frequency in an order that no input order changes. Of vocabularies that is
-        # their value, so that one sorted by frequency stays in order; of raw ids the order of their keys.
-        tie = ids.keys if positions is None else self._values(ids)
-        by_tie = torch.sort(tie, stable=True).indices
-        by_frequency = by_tie[torch.sort(ids.count[by_tie], descending=True, stable=True).indices]
-        seen = by_frequency[ids.count[by_frequency] > 0]
+        by_frequency, count = self._by_frequency(ids, ids.count, positions), ids.count
         first: Tensor | None = None
         if positions is not None:
+            # Where id 0 stands for all that is unknown it comes first, however often it occurs.
+            leading = self._with_id_0_leading(ids)
+            in_order = self._by_frequency(ids, leading, positions)
             number = torch.zeros(len(self._table_names), dtype=torch.int64)
             number[[self._table_names.index(table.name) for table in tables]] = torch.arange(len(tables))
+            seen = in_order[leading[in_order] > 0]
             of_table = number[ids.table[seen].long()]
             first = first_positions(positions[seen], of_table, len(tables))
+            if first is not None:
+                by_frequency, count = in_order, leading
+        seen = by_frequency[count[by_frequency] > 0]
 
         sharing, signature_bytes = by_frequency, budget + 1
         for _ in range(2):  # again where those who share need fewer bytes for signatures than were kept for them
@@ -354,7 +356,7 @@ class AllocationBuilder:
                 break
             levels, signature_bytes = choose_levels(
                 layout,
-                ids.count[seen].numpy(),
+                count[seen].numpy(),
                 n_positions,
                 None if first is None else len(tables),
                 budget,
@@ -440,6 +442,19 @@ class AllocationBuilder:
         """int64 [V], the ids themselves."""
         salts = torch.tensor([self._salts[name] for name in self._table_names])
         return unmix64(ids.keys) ^ salts[ids.table.long()]
+
+    def _by_frequency(self, ids: "_Ids", count: Tensor, positions: Tensor | None) -> Tensor:
+        """int64 [V], the ids by descending count; those of equal count in an order that no input order changes. Of
+        vocabularies that is their value, so that one sorted by frequency stays in order; of raw ids that of their keys.
+        """
+        tie = torch.sort(ids.keys if positions is None else self._values(ids), stable=True).indices
+        return tie[torch.sort(count[tie], descending=True, stable=True).indices]
+
+    def _with_id_0_leading(self, ids: "_Ids") -> Tensor:
+        """int64 [V], counts, in which id 0 of a table, if it occurs, does so as often as the table's most frequent."""
+        table = ids.table.long()
+        most = torch.zeros(len(self._table_names), dtype=torch.int64).scatter_reduce(0, table, ids.count, "amax")
+        return torch.where((self._values(ids) == 0) & (ids.count > 0), most[table], ids.count)
 
     def _signature_bytes(self, ids: "_Ids", sharing: Tensor, n_positions: int | None, budget: int) -> int:
         """What to keep for the signatures of some ids: their share of the budget, or what all of them would take."""
