@@ -254,6 +254,7 @@ def test_evaluations_are_spread_over_an_epoch_and_end_with_it(steps: int, per_ep
 def test_tables_keep_their_sharding_types_and_their_kind_of_optimizer() -> None:
     trained = {
         "world_size": 1,
+        "arguments": {"optimizer": "adagrad"},
         "plan": {"t_item": {"sharding_type": "row_wise"}, "t_user": {"sharding_type": "data_parallel"}},
     }
     assert model.types_again(trained, "t_item", None) == ["row_wise"]
@@ -264,6 +265,12 @@ def test_tables_keep_their_sharding_types_and_their_kind_of_optimizer() -> None:
     assert model.types_again(elsewhere, "t_user", None) == ["data_parallel"]
     with pytest.raises(ValueError, match="t_user was data_parallel .* add data_parallel"):
         model.types_again(elsewhere, "t_user", ["row_wise"])
+    # Row-wise state has a value for each row and column shard.
+    by_row = {**elsewhere, "arguments": {"optimizer": "rowwise-adagrad"}}
+    assert "column_wise" not in model.types_again(by_row, "t_item", None)
+    by_row["plan"] = {"t_item": {"sharding_type": "column_wise"}}
+    assert model.types_again(by_row, "t_item", None) == ["column_wise", "table_column_wise", "grid_shard"]
+    assert "row_wise" in model.types_again({**by_row, "arguments": elsewhere["arguments"]}, "t_item", None)
 
 
 def test_tables_whose_optimizer_would_end_in_nan_are_not_replicated() -> None:

@@ -14,8 +14,11 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
+from training_state import TrainingState, gathered
 
+from torchrec_lma import checkpoint
 from torchrec_lma.datasets import Vocabulary
+from torchrec_lma.files import sync
 
 PROGRESS = "progress.json"
 SETTINGS = "settings.json"
@@ -112,8 +115,7 @@ class Checkpoints:
                 shutil.rmtree(leftover)
             writing.mkdir(parents=True)
         dist.barrier()
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "random": _random_state()}
-        dcp.save(_flat(state), checkpoint_id=writing)
+        dcp.save(TrainingState(model, optimizer, _random_state()).stored(), checkpoint_id=writing)
         if _rank() == 0:
             _write_json(writing / PROGRESS, progress)
             _write_json(writing / SETTINGS, settings)
@@ -126,7 +128,7 @@ class Checkpoints:
             if final.exists():
                 os.replace(final, self.folder / f"{_REPLACED}{final.name}")
             os.replace(writing, final)
-            _sync(self.folder)
+            sync(self.folder)
             for old in [*self.paths()[: -self.keep], *self.folder.glob(f"{_REPLACED}*")]:
                 if best is None or old != self.path(best):
                     shutil.rmtree(old)
@@ -141,14 +143,10 @@ class Checkpoints:
         for _, part in optimizer.optimizers:
             if isinstance(part, KeyedOptimizerWrapper):
                 part.init_state()  # Adam makes its state at the first step; there would be nothing to load into
-        saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-        random = {name: state for name, state in _random_state().items() if f"random.{name}" in saved}
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "random": random}
-        flat = _flat(state)
-        dcp.load(flat, checkpoint_id=path)
-        _set_leaves(state, flat)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        reader = checkpoint.CheckpointReader(path)
+        saved = reader.read_metadata().state_dict_metadata
+        random = {name: value for name, value in _random_state().items() if f"random.{name}" in saved}
+        TrainingState(model, optimizer, random).load(reader)
         _set_random_state(random)
         return read_progress(path)
 
@@ -197,11 +195,7 @@ def _digests(path: Path) -> dict[str, str]:
     """SHA-256 of each file but the manifest, in hex; each rank reads a part of them."""
     names = _from_rank_0(sorted(file.name for file in path.iterdir() if file.name != MANIFEST))
     mine = {name: _sha256(path / name) for name in names[_rank() :: _world_size()]}
-    if not dist.is_initialized():
-        return mine
-    parts: list[dict[str, str]] = [{}] * _world_size()
-    dist.all_gather_object(parts, mine)
-    return {name: digest for part in parts for name, digest in part.items()}
+    return {name: digest for part in gathered(mine) for name, digest in part.items()}
 
 
 def _sha256(file: Path) -> str:
@@ -217,36 +211,6 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
         json.dump(content, stream, indent=1)
         stream.flush()
         os.fsync(stream.fileno())
-
-
-def _sync(folder: Path) -> None:
-    """Puts renames in `folder` on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _flat(state: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The leaves of nested dicts, by the keys that torch.distributed.checkpoint itself gives them.
-
-    Given nested ones, it takes a checkpoint for one of before torch 2.4 where this rank lacks a key that others have,
-    such as the optimizer state of a table on another rank, and then wants keys for empty dicts, which nobody has.
-    """
-    leaves = {}
-    for name, value in state.items():
-        leaves |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return leaves
-
-
-def _set_leaves(state: dict[str, Any], leaves: dict[str, Any], prefix: str = "") -> None:
-    """Puts what `_flat` gave, and what was loaded into it, back."""
-    for name, value in state.items():
-        if isinstance(value, dict):
-            _set_leaves(value, leaves, f"{prefix}{name}.")
-        else:
-            state[name] = leaves[f"{prefix}{name}"]
 
 
 def _random_state() -> dict[str, torch.Tensor]:

@@ -167,14 +167,23 @@ def types_again(trained: dict[str, Any], table: str, sharding_types: list[str] |
     then = trained["plan"][table]["sharding_type"]
     if then in allowed and trained["world_size"] == dist.get_world_size():
         return [then]
-    # Dense and fused optimizers keep different state: a data-parallel table stays so, and no other one becomes it.
-    found = [each for each in allowed if (each == "data_parallel") == (then == "data_parallel")]
+    by_row = OPTIMIZERS[trained["arguments"]["optimizer"]] is RowWiseAdagrad
+    found = [each for each in allowed if _form_of_state(each, by_row) == _form_of_state(then, by_row)]
     if not found:
         raise ValueError(
-            f"{table} was {then} in the checkpoint and --sharding-types {allowed} has no type with the same kind of "
-            "optimizer: add " + (then if then == "data_parallel" else f"one that is not data_parallel, such as {then}")
+            f"{table} was {then} in the checkpoint, whose optimizer state fits none of --sharding-types {allowed}: add "
+            f"{then}"
         )
     return found
+
+
+def _form_of_state(sharding_type: str, by_row: bool) -> str:
+    """Sharding types of the same form load each other's optimizer state: a data-parallel table's is torch's, others'
+    is FBGEMM's, which of an optimizer by row has a value for each row and column shard."""
+    if sharding_type == ShardingType.DATA_PARALLEL.value:
+        return "dense"
+    cut = {ShardingType.COLUMN_WISE.value, ShardingType.TABLE_COLUMN_WISE.value, ShardingType.GRID_SHARD.value}
+    return "fused, by column shard" if by_row and sharding_type in cut else "fused"
 
 
 def shard(
