@@ -2,9 +2,9 @@
 
 Trains TorchRec's DLRM (or DCN-v2) with fused row-wise Adagrad for every data set, method, compression of FP32 tables
 of a dim, and seed. The learning rate of the embeddings is searched for each alike: with the first seed, from 0.1 by
-factors of 2, until the best validation AUC has a worse one on both sides; the other seeds take what it found. Validation is
-looked at three times an epoch and training stops after three checks without a better AUC; the test AUC is that of
-the best check. Results are kept in --out, line by line: a run that is there is not run again.
+factors of 2, until the best validation AUC has a worse one on both sides; the other seeds take what it found.
+Validation is looked at three times an epoch and training stops after three checks without a better AUC; the test AUC
+is that of the best check. Results are kept in --out, line by line: a run that is there is not run again.
 
     python examples/benchmarks/accuracy.py --out runs/accuracy                                     # MovieLens-100K
     python examples/benchmarks/accuracy.py --out runs/accuracy --data kuairand --path kuairand_pure.parquet
