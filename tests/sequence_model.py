@@ -227,10 +227,7 @@ def build(
         apply_optimizer_in_backward(OPTIMIZERS[optimizer], ec.parameters(), options(optimizer))
     registry = get_qcomm_codecs_registry(QCommsConfig(CommType(qcomm), CommType(qcomm)), device=CPU)
     sharder = LMAEmbeddingCollectionSharder(qcomm_codecs_registry=registry)
-    if sharding == "planner":
-        plan = planned(model)
-    else:
-        plan = plan_of(sharding, ec, sharder)
+    plan = planned(model) if sharding == "planner" else plan_of(sharding, ec, sharder)
     dmp = DistributedModelParallel(model, device=CPU, plan=plan, sharders=[sharder])
     dmp.load_state_dict(initial_state(allocation), strict=False)
     return dmp, optimizer_of(dmp, optimizer), plan

@@ -1,6 +1,7 @@
 """A small model for sharded tests, its plain-torch reference in one process, and how to train both."""
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -215,7 +216,7 @@ class Reference(nn.Module):
             if bags.weights_or_none() is not None:
                 vectors = vectors * bags.weights().unsqueeze(1)
             ends = bags.offsets().tolist()
-            pooled = [vectors[start:end].sum(0) for start, end in zip(ends, ends[1:])]
+            pooled = [vectors[start:end].sum(0) for start, end in itertools.pairwise(ends)]
             if table in self.means:
                 pooled = [p / max(end - start, 1) for p, start, end in zip(pooled, ends, ends[1:])]
             if batch.sparse_features.variable_stride_per_key():

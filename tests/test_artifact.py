@@ -22,6 +22,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 import torchrec_lma.allocation.artifact as artifact
 from torchrec_lma import Allocation, AllocationBuilder, LMAConfig, LMAEmbeddingBagCollection
 from torchrec_lma.allocation import MemoryAllocation, RowsMinHash
+from torchrec_lma.allocation.artifact import FORMAT_VERSION
 from torchrec_lma.allocation.layout import Level, TableSpec
 
 
@@ -243,7 +244,7 @@ def test_a_full_disk_leaves_no_part_of_a_file(tmp_path: Path, size: int) -> None
     assert list(tmp_path.iterdir()) == []
     allocation.save(tmp_path / "a")
     before = (tmp_path / "a").read_bytes()
-    with files_of_at_most(size), pytest.raises(OSError):
+    with files_of_at_most(size), pytest.raises(OSError, match="was not written"):
         allocation.save(tmp_path / "a")
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"a": before}
 
@@ -320,6 +321,8 @@ IMPOSSIBLE: dict[str, tuple[int, Change, str]] = {
     "starts that go back": (1, of_tensor("owners.0.starts", lambda t: changed(t, 1, int(t[2]) + 1)), "owners.0.starts"),
     "an end too late": (1, of_tensor("owners.0.starts", lambda t: changed(t, -1, 9999)), "owners.0.starts"),
     "3 buckets": (1, of_tensor("owners.0.starts", lambda t: t[[0, 1, 2, -1]]), "owners.0.starts"),
+    "keys out of order": (1, of_tensor("owners.0.low", lambda t: t.flip(0)), "owners.0.low.* not sorted"),
+    "a key twice": (1, of_tensor("owners.0.low", lambda t: t[:1].expand_as(t)), "owners.0.low.* not sorted"),
     "no starts": (1, of_tensor("owners.0.starts", lambda t: t[:0]), "owners.0.starts"),
     "signatures of nobody": (0, of_tensor("signed.words", lambda t: None), "lacks signed.words"),
     "a signature less": (0, of_tensor("signatures", lambda t: t[1:]), "signed.words.*members"),
@@ -388,7 +391,9 @@ def test_tables_that_are_not_placed_are_refused(
         Allocation.load(tmp_path / "a")
 
 
-@pytest.mark.parametrize("header", ["{}", "[]", "null", "{", '{"tables": 5}'])
+@pytest.mark.parametrize(
+    "header", ["{}", "[]", "null", "{", '{"format_version": 2}', f'{{"format_version": {FORMAT_VERSION}, "tables": 5}}']
+)
 def test_a_header_of_something_else_is_refused(tmp_path: Path, header: str) -> None:
     metadata = {"format": artifact.FORMAT, "format_version": "3", "header": header, "provenance": "{}"}
     metadata["checksum"] = hashlib.sha256(json.dumps({**metadata, "checksum": ""}, sort_keys=True).encode()).hexdigest()
@@ -445,7 +450,7 @@ def test_the_fingerprint_is_of_what_decides_rows() -> None:
 def test_the_fingerprint_changes_with_every_part_of_a_memory(allocation: Allocation) -> None:
     for at, memory in enumerate(allocation.memories):
         parts: list[dict[str, Any]] = [
-            {"tables": memory.tables[::-1] + ("x",)},
+            {"tables": (*memory.tables[::-1], "x")},
             {"name": "another"},
             *({"levels": (*memory.levels[:k], replace(memory.levels[k], shared_rows=77), *memory.levels[k + 1 :])}
               for k in range(len(memory.levels))),

@@ -108,7 +108,7 @@ def test_config_cannot_be_changed() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         LMAConfig(compression=16).compression = 8  # type: ignore[misc]
     assert dataclasses.replace(LMAConfig(compression=16), seed=2) == LMAConfig(compression=16, seed=2)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="skew must be a finite number >= 0"):
         dataclasses.replace(LMAConfig(compression=16), skew=-1)
 
 

@@ -5,6 +5,7 @@ its own against plain torch.
 """
 
 import copy
+import itertools
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -114,7 +115,7 @@ def pooled(
             if weights is not None:
                 vectors = vectors * weights[feature].unsqueeze(1)
             ends = given[feature].offsets().tolist()
-            columns.append(torch.stack([vectors[start:end].sum(0) for start, end in zip(ends, ends[1:])]))
+            columns.append(torch.stack([vectors[start:end].sum(0) for start, end in itertools.pairwise(ends)]))
     return torch.cat(columns, 1)
 
 

@@ -70,7 +70,7 @@ def test_mix64_keeps_shapes_and_takes_no_ids() -> None:
 def test_to_row_is_multiply_fold_and_remainder(values: list[int], multiplier: int, rows: int) -> None:
     result = to_row(torch.tensor(values), multiplier, rows)
     assert result.tolist() == [reference_to_row(x, multiplier, rows) for x in values]
-    assert 0 <= int(result.min()) and int(result.max()) < rows
+    assert int(result.min()) >= 0 and int(result.max()) < rows
 
 
 @pytest.mark.parametrize("trailing_zeros", [8, 20, 32])

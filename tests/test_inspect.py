@@ -336,7 +336,7 @@ def test_what_cannot_be_inspected_is_refused(allocation: Allocation) -> None:
     with pytest.raises(ValueError, match=r"observed for tables \['t_user'\]"):
         inspect(allocation, ObservedIds([kjt(ROWS)], {"user": "t_user"}, CONFIG.seed))
     with pytest.raises(ValueError, match="no row with an id"):
-        ObservedIds([kjt([dict.fromkeys(TABLE_OF, [])])], TABLE_OF, CONFIG.seed)
+        ObservedIds([kjt([{feature: [] for feature in TABLE_OF}])], TABLE_OF, CONFIG.seed)
 
 
 # The command.

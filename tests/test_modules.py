@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -73,7 +74,7 @@ def pooled_by_hand(
         of_ids = vectors(f"t_{feature}", bags.values())
         if weighted:
             of_ids = of_ids * bags.weights().unsqueeze(1)
-        sums = [of_ids[start:end].sum(0) for start, end in zip(ends, ends[1:])]
+        sums = [of_ids[start:end].sum(0) for start, end in itertools.pairwise(ends)]
         if pooling is PoolingType.MEAN:
             sums = [one / max(end - start, 1) for one, start, end in zip(sums, ends, ends[1:])]
         columns.append(torch.stack(sums))
@@ -151,7 +152,7 @@ def test_levels_start_in_the_range_of_their_tables() -> None:
     for name, bag in ebc.levels.embedding_bags.items():
         assert bag.weight.abs().max() <= bounds[name][1]
     given = LMAEmbeddingBagCollection(tables(weight_init_min=0.5, weight_init_max=0.75), allocation())
-    assert all(0.5 <= p.min().item() and p.max().item() <= 0.75 for p in given.parameters())
+    assert all(p.min().item() >= 0.5 and p.max().item() <= 0.75 for p in given.parameters())
 
 
 def test_ids_outside_of_the_vocabulary_are_unseen_counted_and_with_strict_an_error() -> None:

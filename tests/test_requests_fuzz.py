@@ -39,7 +39,7 @@ def right_answer(data: bytes) -> np.ndarray | None:
         return None
     rows = request.batch_size
     counts = (request.float_features.num_features, request.id_list_features.num_features)
-    if counts + (request.id_score_list_features.num_features,) != (len(FLOATS), len(IDS), len(SCORED)):
+    if (*counts, request.id_score_list_features.num_features) != (len(FLOATS), len(IDS), len(SCORED)):
         return None
     unused = (request.embedding_features, request.unary_features)
     if any(part.num_features or part.values for part in unused) or request.id_list_features.weights:

@@ -77,8 +77,8 @@ def memory_of(plan: PlannedMemory) -> MemoryAllocation:
 
 def collection_of(
     plans: Sequence[PlannedMemory],
-    whole: Mapping[str, tuple[int, int]] = {},  # noqa: B006 (not changed)
-    features: Mapping[str, Sequence[str]] = {},  # noqa: B006
+    whole: Mapping[str, tuple[int, int]] = {},
+    features: Mapping[str, Sequence[str]] = {},
     means: Sequence[str] = (),
     is_weighted: bool = False,
     data_type: str = "FP32",

@@ -132,12 +132,12 @@ def test_client_whose_connection_breaks_costs_nothing(tmp_path: Path) -> None:
 
 
 def test_replicas_compute_at_the_same_time(tmp_path: Path) -> None:
-    with gated(tmp_path, replicas=2, max_delay_seconds=0) as (server, gate):
-        with concurrent.futures.ThreadPoolExecutor(2) as pool:
-            answers = [pool.submit(server.send, Rows(rows).request()) for rows in (1, 2)]
-            until(lambda: sorted(gate.seen) == [1, 2])
-            gate.opened.set()
-            assert [len(answer.result()) for answer in answers] == [1, 2]
+    replicas = gated(tmp_path, replicas=2, max_delay_seconds=0)
+    with replicas as (server, gate), concurrent.futures.ThreadPoolExecutor(2) as pool:
+        answers = [pool.submit(server.send, Rows(rows).request()) for rows in (1, 2)]
+        until(lambda: sorted(gate.seen) == [1, 2])
+        gate.opened.set()
+        assert [len(answer.result()) for answer in answers] == [1, 2]
 
 
 def test_stopping_server_finishes_what_it_computes_and_says_that_it_stops(tmp_path: Path) -> None:
@@ -149,9 +149,9 @@ def test_stopping_server_finishes_what_it_computes_and_says_that_it_stops(tmp_pa
         until(lambda: len(gate.seen) + server.metric("queue_requests") == 2)
         stopping = pool.submit(server.run, server.server.stop())
         assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
-        with grpc.insecure_channel(server.address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
-            with pytest.raises(grpc.RpcError) as refused:
-                channel.unary_unary("/predictor.Predictor/Predict")(request.request().SerializeToString(), timeout=10)
+        another = grpc.insecure_channel(server.address, [("grpc.use_local_subchannel_pool", 1)])
+        with another as channel, pytest.raises(grpc.RpcError) as refused:
+            channel.unary_unary("/predictor.Predictor/Predict")(request.request().SerializeToString(), timeout=10)
         assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
         gate.opened.set()
         for answer in answers:

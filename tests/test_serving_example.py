@@ -112,8 +112,13 @@ def write_checkpoint(
 
 @pytest.mark.parametrize(
     "options",
-    ["--table lma", "--table lma --raw-ids", "--table full", "--table full --num-embeddings 50"]
-    + ["--table full --dim 4 --data-type FP16"],
+    [
+        "--table lma",
+        "--table lma --raw-ids",
+        "--table full",
+        "--table full --num-embeddings 50",
+        "--table full --dim 4 --data-type FP16",
+    ],
 )
 def test_a_checkpoint_becomes_the_model_that_was_trained(clicks: Path, tmp_path: Path, options: str) -> None:
     args = arguments(clicks, *options.split())

@@ -27,8 +27,8 @@ from torchrec_lma.quant import DTYPES, quantize, request
 from torchrec_lma.quant.export import ContractModule
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "dlrm"))
-from checkpointing import read_settings  # noqa: E402
-from serving import dlrm, find_checkpoint  # noqa: E402
+from checkpointing import read_settings
+from serving import dlrm, find_checkpoint
 
 ROWS = 10_000
 

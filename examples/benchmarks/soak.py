@@ -37,8 +37,8 @@ from checkpointing import Checkpoints, damage  # noqa: E402
 
 SAMPLE_SECONDS = 1.0
 MAX_DRIFT = 0.02
-DATA = "--data movielens-100k --dim 16 --compression 16".split()
-TRAINING = "--table lma --batch-size 128 --epochs 1000000 --patience 1000000".split()
+DATA = ["--data", "movielens-100k", "--dim", "16", "--compression", "16"]
+TRAINING = ["--table", "lma", "--batch-size", "128", "--epochs", "1000000", "--patience", "1000000"]
 # malloc and Arrow keep what was freed for later use; how much depends on chance, 10 MiB more or less in 390. So that
 # this does not hide a leak, they are told to give it back.
 GIVE_BACK = {

@@ -25,7 +25,7 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 COMPRESSION, DIM = 16, 64
@@ -37,7 +37,7 @@ KINDS = {
     "smaller dim": ["--table", "full", "--dim", str(SMALLER_DIM), "--data-type", "FP16"],
     "LMA": ["--table", "lma", *LMA],
 }
-TRAINING = "--batch-size 128 --epochs 8 --patience 3".split()
+TRAINING = ["--batch-size", "128", "--epochs", "8", "--patience", "3"]
 SEARCHED = (0.02, 0.05, 0.1, 0.2)  # of the tables; the layers have the same one for all kinds
 LEARNING_RATES = {"full": 0.05, "smaller dim": 0.1, "LMA": 0.2}  # what the search found
 MINUTES_A_RUN = 1.0  # on 2 cores

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -315,7 +315,7 @@ def _table(allocation: Allocation, name: str, lookup: _Rows, observed: ObservedI
         record = allocation.provenance.get("ids", {}).get(name, {})
         seen = record.get("seen", 0)
         own = [seen, *(record.get("own", [0] * len(widths)) if memory is not None else [seen]), 0]
-        counted = [more - less for more, less in zip(own, own[1:])]
+        counted = [more - less for more, less in pairwise(own)]
     return InspectedTable(
         table=name,
         memory=None if memory is None else memory.name,

@@ -1,26 +1,25 @@
 """From a float model to a file that TorchRec's inference server loads, checked before it has its name."""
 
-import contextlib
 import importlib
 import importlib.util
 import io
-import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torchrec.inference.modules import PredictModule
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_lma.allocation import Allocation
+from torchrec_lma.checkpoint import CheckpointReader, load
+from torchrec_lma.files import replacing
 from torchrec_lma.modules import LMAEmbeddingBagCollection
 from torchrec_lma.quant.transforms import DTYPES, quantize, script
 from torchrec_lma.serving.contract import METADATA_FILE, Contract
@@ -179,11 +178,10 @@ def load_checkpoint(model: nn.Module, checkpoint: Path, prefix: str = "") -> Non
             DistributedModelParallel(DLRMTrain(model)) was saved under "model".
     Raises:
         FileNotFoundError: the folder holds no checkpoint.
-        ValueError: the checkpoint lacks keys of the model, or holds them in other sizes.
+        ValueError: the checkpoint lacks keys of the model, holds them in other sizes, or holds what
+            torch.distributed.checkpoint does not write.
     """
-    if not (checkpoint / ".metadata").is_file():
-        raise FileNotFoundError(f"{checkpoint} holds no torch.distributed.checkpoint (it has no .metadata)")
-    reader = dcp.FileSystemReader(checkpoint)
+    reader = CheckpointReader(checkpoint)
     saved = reader.read_metadata().state_dict_metadata
     state = {prefix + key: value for key, value in model.state_dict().items()}
     for key, value in state.items():
@@ -197,7 +195,7 @@ def load_checkpoint(model: nn.Module, checkpoint: Path, prefix: str = "") -> Non
             )
     with warnings.catch_warnings():  # that it loads in a single process, which is what it is asked to
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        dcp.load(state, storage_reader=reader, no_dist=True)
+        load(state, reader, no_dist=True)
     model.load_state_dict({key.removeprefix(prefix): value for key, value in state.items()})
 
 
@@ -228,7 +226,7 @@ def export(
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown; choose one of {list(DTYPES)}")
-    if device not in DEVICES or device == "cuda" and not torch.cuda.is_available():
+    if device not in DEVICES or (device == "cuda" and not torch.cuda.is_available()):
         raise ValueError(f"device {device!r} is not here; export for one of {list(DEVICES)} that is")
     tolerance = TOLERANCES[dtype] if tolerance is None else tolerance
     _check_sample(servable)
@@ -253,7 +251,7 @@ def export(
             f"the tolerance of {tolerance}; choose a finer dtype or, if that is fine, a larger tolerance"
         )
     scripted = script(model)
-    with _replacing(path) as script_file:
+    with replacing(path) as script_file:
         # Not torch.jit.save, whose writer aborts the process where the disk is full.
         content = scripted.save_to_buffer(_extra_files={METADATA_FILE: contract.to_json()})
         try:
@@ -268,18 +266,6 @@ def export(
                     f"difference {_difference(served, wanted)} on {len(wanted)} rows with {ids}"
                 )
     return Exported(path, path.stat().st_size, len(in_float), difference, tolerance)
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary name in the same folder, renamed to `path` if nothing is raised."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def predict_in_new_process(path: Path, requests: list[dict[str, Tensor]]) -> list[Tensor]:
