@@ -203,17 +203,17 @@ def hot_and_hashed(budget: Budget, seed: int) -> Method:
     own = np.zeros(counts.size, bool)
     own[np.argsort(-counts, kind="stable")[: max(0, rows * 7 // 8)]] = True
     left = np.bincount(column[~own], minlength=len(sizes))
+    to_share = rows - rows * 7 // 8 - np.count_nonzero(left)  # beyond a row for each table
+    if to_share < 0:
+        raise NotPossible("a hashed row for each table alone takes more than there is")
     relabel, start = [], 0
     for i, size in enumerate(sizes):
         of_column = own[start : start + size]
-        share = max(1, int((rows - rows * 7 // 8) * left[i] / max(1, left.sum())))
+        share = 1 + int(to_share * left[i] / max(1, left.sum()))
         new = np.where(of_column, np.cumsum(of_column) - 1, of_column.sum() + _hashed(np.arange(size), share, seed, i))
         relabel.append(new)
         start += size
-    method = budget.plain(budget.dim, DataType.FP16, relabel)
-    if method.bytes > budget.bytes * 1.1:
-        raise NotPossible("a hashed row for each table alone takes more")
-    return method
+    return budget.plain(budget.dim, DataType.FP16, relabel)
 
 
 def lma(source: Source | None = None, **settings: Any) -> Callable[[Budget, int], Method]:

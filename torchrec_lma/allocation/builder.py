@@ -19,7 +19,6 @@ from torchrec_lma.allocation.layout import (
     MemoryLayout,
     TableSpec,
     check_rows,
-    kernel_takes,
     lay_out,
 )
 from torchrec_lma.allocation.ownership import SHARED_FRACTION, choose_levels, first_positions, place_owners, ranges_of
@@ -402,7 +401,7 @@ class AllocationBuilder:
             # One row more, for ids that are not of the vocabulary.
             table.name: check_rows(layout, table.num_embeddings + 1) * layout.dim * layout.value_bytes
             for layout in self._layouts
-            if not layout.raw_ids and kernel_takes(layout.dim)
+            if not layout.raw_ids and layout.dim % KERNEL_WIDTH == 0  # narrower ones are packed, as levels are
             for table in layout.tables
         }
         left = total = sum(layout.budget_bytes for layout in self._layouts)
