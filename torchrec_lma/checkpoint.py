@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import metadata as dcp_metadata
+from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.planner import ReadItem
@@ -74,7 +75,7 @@ class CheckpointReader(dcp.FileSystemReader):
                 f"{self.path} holds no torch.distributed.checkpoint (it has no {PurePath(path).name})"
             ) from error
         except UntrustedCheckpoint as error:
-            raise UntrustedCheckpoint(f"{path} {error}: it was not loaded, for it could run any command") from None
+            raise UntrustedCheckpoint(f"{path} {error}: it was not loaded, for a name can run any command") from None
         except Exception as error:  # what bytes that are no pickle of DCP's raise is up to what they are
             raise UntrustedCheckpoint(
                 f"{path} is none of torch.distributed.checkpoint's ({type(error).__name__}: {error}); the checkpoint "
@@ -88,7 +89,7 @@ class CheckpointReader(dcp.FileSystemReader):
 
 
 class _LoadPlanner(DefaultLoadPlanner):
-    """DCP's own, which reads what is no tensor with any unpickling; here with torch's of plain values."""
+    """DCP's own, but for what is no tensor, which that reads with any unpickling, and this as plain values."""
 
     def load_bytes(self, read_item: ReadItem, value: Any) -> None:
         key = read_item.dest_index.fqn
@@ -97,7 +98,7 @@ class _LoadPlanner(DefaultLoadPlanner):
         except pickle.UnpicklingError as error:
             reason = str(error).split("\n")[0]
             raise UntrustedCheckpoint(f"{key} in the checkpoint is no plain value: {reason}") from None
-        self.state_dict[key] = loaded
+        set_element(self.original_state_dict, self.mappings[key], loaded)
 
 
 def load(state: dict[str, Any], reader: CheckpointReader, no_dist: bool = False) -> None:
@@ -108,11 +109,12 @@ def load(state: dict[str, Any], reader: CheckpointReader, no_dist: bool = False)
         no_dist: on this process alone, else collective.
     Raises:
         UntrustedCheckpoint: see `CheckpointReader`, or a value is other than plain.
-        CheckpointException: keys are missing, or tensors are of another size.
+        FileNotFoundError: the folder holds no checkpoint.
+        CheckpointException: keys are missing, or tensors are of another size; or the cause is one of the above, found
+            while reading.
     """
-    # Not flattened a second time: DCP would take a checkpoint with more keys than `state` has for an old format.
-    planner = _LoadPlanner(flatten_state_dict=False)
-    dcp.load(state, storage_reader=reader, planner=planner, no_dist=no_dist)
+    reader.read_metadata()  # raises as it stands, where dcp.load would wrap it
+    dcp.load(state, storage_reader=reader, planner=_LoadPlanner(), no_dist=no_dist)
 
 
 def _check(metadata: Any, path: str | os.PathLike[str]) -> None:

@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
+from torchrec_lma import checkpoint
 from torchrec_lma.allocation.layout import Level, MemoryLayout, TableSpec, lay_out, shared_levels
 from torchrec_lma.allocation.validation import check_memory, check_tables
 from torchrec_lma.config import LMAConfig
+from torchrec_lma.files import replacing
 
 FORMAT_VERSION = 3
 FORMAT = "torchrec_lma.allocation"
@@ -178,19 +179,13 @@ class Allocation:
             "provenance": json.dumps(self.provenance, sort_keys=True),
         }
         metadata["checksum"] = _checksum(metadata)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            temporary.touch()
-            mode = temporary.stat().st_mode  # what the umask gives a new file; safetensors makes it private
-            save_file(tensors, temporary, metadata)
-            temporary.chmod(mode)
-            os.replace(temporary, path)
+            with replacing(path) as temporary:
+                save_file(tensors, temporary, metadata)
         except SafetensorError as error:  # how safetensors passes on errors of the file system
             raise OSError(
                 f"{path} was not written ({error}); make room for {self.nbytes:,} bytes and a header"
             ) from error
-        finally:
-            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Allocation":
@@ -208,7 +203,7 @@ class Allocation:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 # Copies: the file's pages would change under a loaded allocation when somebody writes over them.
-                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
         except SafetensorError as error:
             raise ValueError(
                 f"{path} is not a whole safetensors file ({error}); it is truncated or something else. Build it again"
@@ -243,9 +238,14 @@ class Allocation:
 
         Reads only the allocation's tensors, on one process, whatever plan and world size wrote them.
 
-        Raises ValueError when the checkpoint holds no LMA collection, more than one, or one of the first edition.
+        Nothing in the checkpoint is run: see `torchrec_lma.checkpoint`.
+
+        Raises:
+            FileNotFoundError: the folder holds no checkpoint.
+            ValueError: the checkpoint holds no LMA collection, more than one, one of the first edition, or what
+                torch.distributed.checkpoint or a builder does not write.
         """
-        reader = dcp.FileSystemReader(path)
+        reader = checkpoint.CheckpointReader(path)
         stored = reader.read_metadata().state_dict_metadata
         if any(key.endswith("addressing.header") for key in stored):
             raise ValueError(
@@ -262,12 +262,12 @@ class Allocation:
             for key, value in stored.items()
             if key.startswith(prefix) and isinstance(value, TensorStorageMetadata)
         }
-        dcp.load(state, storage_reader=reader, no_dist=True)
+        checkpoint.load(state, reader, no_dist=True)
         tensors = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
-        stated = bytes(tensors.pop("fingerprint").tolist()).hex()
         try:
+            stated = bytes(tensors.pop("fingerprint").tolist()).hex()
             allocation = cls.from_state(tensors, {"source": f"checkpoint {path}"})
-        except ValueError as error:
+        except (LookupError, TypeError, ValueError) as error:
             raise ValueError(f"{path} holds what no builder makes: {error}; it was damaged") from error
         if allocation.fingerprint != stated:
             raise ValueError(f"{path} states allocation {stated} but holds {allocation.fingerprint}; it was damaged")
@@ -289,6 +289,9 @@ class Allocation:
         """Raises ValueError if these parts make no allocation."""
         try:
             values = json.loads(header)
+            if values["format_version"] != FORMAT_VERSION:
+                version = values["format_version"]
+                raise ValueError(f"format version {version!r}, this torchrec_lma reads {FORMAT_VERSION}")
             tables = tuple(TableSpec(**table) for table in values["tables"])
             by_name = {table.name: table for table in tables}
             memories = []

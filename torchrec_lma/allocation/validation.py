@@ -17,6 +17,7 @@ def check_tables(tables: Sequence[TableSpec], whole: Sequence[str], of_memories:
         for name in ("num_embeddings", "embedding_dim"):
             check_int(f"{name} of table {table.name!r}", getattr(table, name), minimum=1)
         DataType[table.data_type]  # a KeyError names it
+        _require(isinstance(table.raw_ids, bool), f"raw_ids of table {table.name!r} is {table.raw_ids!r}")
     names = [table.name for table in tables]
     _require(len(set(names)) == len(names), f"tables {names} have a name twice")
     placed = [*whole, *of_memories]
@@ -38,7 +39,7 @@ def check_memory(
         tables: that share it.
     """
     for table in tables:
-        same = (table.embedding_dim, table.raw_ids) == (dim, raw_ids)
+        same = table.embedding_dim == dim and table.raw_ids is raw_ids
         _require(same, f"memory {name!r} has dim {dim} and raw_ids {raw_ids}, which {table} has not")
     for k, level in enumerate(levels):
         which = f"of level {k} of {name!r}"
@@ -115,6 +116,12 @@ def _check_index(name: str, of: str, keys: int, left: dict[str, Tensor]) -> None
         and not bool((starts[1:] < starts[:-1]).any())
     )
     _require(in_order, f"{of}.starts of {name!r} are no starts of 2 ** n buckets of {keys} keys")
+    ascending = low[1:] > low[:-1]
+    first = starts[(starts > 0) & (starts < keys)].long()
+    ascending[first - 1] = True  # from the last key of a bucket to the first of another
+    _require(
+        bool(ascending.all()), f"{of}.low of {name!r} is not sorted within its buckets, where ids are searched for"
+    )
 
 
 def _take(name: str, tensor: str, dtype: torch.dtype, dims: int, left: dict[str, Tensor]) -> Tensor:
