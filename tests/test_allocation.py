@@ -433,9 +433,9 @@ def test_small_tables_stay_whole() -> None:
         assert [m.tables for m in allocation.memories] == [tuple(t.name for t in tables if t.name not in expected)]
     everything = build(rows, tables, LMAConfig(compression=1), whole_fraction=0.0)
     assert everything.whole == ("tiny", "small", "user") and everything.memories == ()
-    # A kernel takes no table of 2 columns: all ids own a row of a packed level instead.
+    # A kernel takes no table of 2 columns: ids own a row of a packed level instead.
     narrow = build(rows, [table("user", dim=2)], LMAConfig(compression=1), whole_fraction=0.0)
-    assert narrow.whole == () and [level.own_rows for level in narrow.memories[0].levels] == [1000]
+    assert narrow.whole == () and [level.own_rows for level in narrow.memories[0].levels] == [300]  # all that are seen
     # Their part of the budget does not depend on who else shares a memory with them.
     for large in (tables[2], table("user", dim=16, num_embeddings=9000)):
         for raw_ids in (False, ("user",)):
