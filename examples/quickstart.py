@@ -22,6 +22,7 @@ from torchrec_lma import AllocationBuilder, LMAConfig, LMAEmbeddingBagCollection
 from torchrec_lma.datasets import ParquetDataset, Split, Vocabulary, movielens
 
 torch.manual_seed(0)
+torch.set_num_threads(1)  # these batches are too small for more
 logging.disable(logging.WARNING)  # TorchRec's planner has much to say
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 dataset = ParquetDataset(movielens.prepare(), movielens.SCHEMA, Split())

@@ -145,7 +145,9 @@ class LMAEmbeddingCollection(LMACollection, EmbeddingCollectionInterface):
 
         Args:
             ec: unsharded, with values (not on the meta device).
-            allocation, id_weights, ids: as there.
+            allocation: as there.
+            id_weights: as there.
+            ids: as there.
         Returns:
             A collection on the device of `ec`.
         Raises:

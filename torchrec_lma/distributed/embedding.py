@@ -189,7 +189,9 @@ class LMAEmbeddingCollectionSharder(LMASharder[LMAEmbeddingCollection]):
 
     Args:
         ec_sharder: shards the level tables; fused params, codecs and all else that TorchRec's sharder takes are its.
-        fused_params, qcomm_codecs_registry, use_index_dedup: of the sharder that is made where none is given.
+        fused_params: of the sharder that is made where none is given.
+        qcomm_codecs_registry: likewise.
+        use_index_dedup: likewise.
     """
 
     _plain_sharder: EmbeddingCollectionSharder

@@ -148,7 +148,8 @@ class LMAEmbeddingBagCollectionSharder(LMASharder[LMAEmbeddingBagCollection]):
 
     Args:
         ebc_sharder: shards the level tables; fused params, codecs and all else that TorchRec's sharder takes are its.
-        fused_params, qcomm_codecs_registry: of the sharder that is made where none is given.
+        fused_params: of the sharder that is made where none is given.
+        qcomm_codecs_registry: likewise.
     """
 
     _plain_sharder: EmbeddingBagCollectionSharder

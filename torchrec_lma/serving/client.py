@@ -84,7 +84,8 @@ class PredictionClient:
         id_type: int32 fits every server of TorchRec's protocol; int64 is understood by torchrec-lma's.
         timeout_seconds: of a call; the server does not compute what is later than that.
         root_certificate: PEM file that signed the server's certificate; with it the connection is TLS.
-        certificate, key: PEM files of this client, where the server asks for them (mTLS).
+        certificate: PEM file of this client, where the server asks for one (mTLS).
+        key: PEM file of the certificate's key.
 
     Raises:
         ValueError: a certificate without its key or without root_certificate.

@@ -1,0 +1,33 @@
+"""For `make docs`: README.md as the first page, and links to files of the repository, which the site does not have."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File, Files
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def on_files(files: Files, config: Any) -> Files:
+    readme = (REPOSITORY / "README.md").read_text().replace("](docs/", "](")
+    files.append(File.generated(config, "index.md", content=readme))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """A link to a file beside docs/ becomes the name of the file; one to a file that is not there is an error."""
+
+    def name_only(link: re.Match[str]) -> str:
+        text, target = link.groups()
+        if not (REPOSITORY / "docs" / target).exists():
+            raise PluginError(f"{page.file.src_path} links to {target}, which is not in the repository")
+        return text
+
+    if page.file.src_path == "api.md":
+        package = (REPOSITORY / "torchrec_lma" / "__init__.py").read_text()
+        exported = re.findall(r'^    "(\w+)",$', package, re.MULTILINE)
+        if missing := [name for name in exported if f".{name}\n" not in markdown]:
+            raise PluginError(f"api.md lacks {missing}, which torchrec_lma exports")
+    return re.sub(r"\[([^\]]*)\]\((\.\./[^)#]*)\)", name_only, markdown)
