@@ -1,7 +1,7 @@
 """Builds an allocation from training data."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,24 +9,18 @@ from torch import Tensor
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchrec_lma.allocation.artifact import Allocation, MemoryAllocation, all_tables, new_memory
-from torchrec_lma.allocation.bitmap import bitmap_bytes, build_bitmap
+from torchrec_lma.allocation.artifact import Allocation, all_tables
 from torchrec_lma.allocation.frequency import IdFrequency
-from torchrec_lma.allocation.index import build_index
-from torchrec_lma.allocation.layout import (
-    KERNEL_WIDTH,
-    Level,
-    MemoryLayout,
-    TableSpec,
-    check_rows,
-    lay_out,
-)
-from torchrec_lma.allocation.ownership import SHARED_FRACTION, choose_levels, first_positions, place_owners, ranges_of
+from torchrec_lma.allocation.ids import Ids, as_ids
+from torchrec_lma.allocation.layout import KERNEL_WIDTH, MemoryLayout, check_rows, lay_out
+from torchrec_lma.allocation.memories import MemoryBuilder
+from torchrec_lma.allocation.ownership import SHARED_FRACTION
 from torchrec_lma.allocation.sample import Rows, RowSample
 from torchrec_lma.allocation.sources import ContextMinHash, RowsMinHash, RowsSource, SimHash, Source
+from torchrec_lma.allocation.vectors import TableVectors, check_vectors
 from torchrec_lma.config import LMAConfig, check_int
 from torchrec_lma.features import check_batch, slots_of, to_int64
-from torchrec_lma.hashing import mix64, table_salt, unmix64
+from torchrec_lma.hashing import mix64, table_salt
 
 Sources = Source | Mapping[str, Source | None] | None
 
@@ -107,13 +101,13 @@ class AllocationBuilder:
         samples = samples or [RowsMinHash.max_rows]
         self._sample = RowSample(None if None in samples else max(filter(None, samples)))
         self._frequency = IdFrequency(len(self._table_names), max_ids)
-        # Of each table with a SimHash: mixed keys, int64 [n] ascending, and signatures, int32 [n, K].
         self._vectors = {
-            name: (torch.empty(0, dtype=torch.int64), torch.empty(0, source.num_values, dtype=torch.int32))
+            name: TableVectors(
+                name, torch.empty(0, dtype=torch.int64), torch.empty(0, source.num_values, dtype=torch.int32)
+            )
             for name, source in self.sources.items()
             if isinstance(source, SimHash)
         }
-        self._vector_lengths: dict[str, int] = {}  # of the tables with vectors
 
     @classmethod
     def from_vectors(
@@ -165,35 +159,12 @@ class AllocationBuilder:
                 f"vectors are for {table!r}, which has source {source!r}; give that table a SimHash, or vectors of "
                 f"one of {sorted(self._vectors)}"
             )
-        ids = _int64(ids, f"the vectors of {table!r}")
-        try:
-            vectors = torch.as_tensor(vectors)
-        except (RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"the vectors of {table!r} are no array of numbers ({error}); expected [n, d], one vector of length d "
-                "for each id"
-            ) from error
-        if not vectors.is_floating_point():
-            raise TypeError(f"the vectors of {table!r} are {vectors.dtype}, expected floating-point numbers")
-        if ids.dim() != 1 or vectors.dim() != 2 or ids.numel() != vectors.size(0) or vectors.size(1) == 0:
-            raise ValueError(
-                f"ids of shape {list(ids.shape)} and vectors of shape {list(vectors.shape)} for table {table!r}; "
-                "expected [n] and [n, d], one vector for each id"
-            )
-        self._check_vector_length(table, vectors.size(1))
-        vectors = vectors.detach().cpu()
-        for wrong, said in (
-            (~vectors.isfinite().all(1), "has NaN or infinity"),
-            ((vectors == 0).all(1), "is zero, which points nowhere"),
-        ):
-            if wrong.any():
-                raise ValueError(
-                    f"the vector of id {int(ids[wrong][0])} of table {table!r} {said} ({int(wrong.sum())} such "
-                    "vectors); leave these ids out, they are then hashed"
-                )
-        keys = mix64(ids ^ self._salts[table])
-        self._vectors[table] = self._with_vectors(table, keys, source.signatures(vectors, self.config.seed))
-        self._vector_lengths[table] = vectors.size(1)
+        ids = as_ids(ids, f"the vectors of {table!r}")
+        vectors = check_vectors(table, ids, vectors)
+        keys, order = torch.sort(mix64(ids ^ self._salts[table]))
+        signatures = source.signatures(vectors, self.config.seed)[order]
+        given = TableVectors(table, keys, signatures, vectors.size(1))
+        self._vectors[table] = self._vectors[table].merged(given)
         return self
 
     def update(self, features: KeyedJaggedTensor) -> "AllocationBuilder":
@@ -241,8 +212,8 @@ class AllocationBuilder:
         """
         if table not in self._salts:
             raise ValueError(f"no table {table!r}; the tables are {self._table_names}")
-        keys = mix64(_int64(ids, f"the ids of {table!r}") ^ self._salts[table])
-        of_key = _int64(counts, f"the counts of {table!r}")
+        keys = mix64(as_ids(ids, f"the ids of {table!r}") ^ self._salts[table])
+        of_key = as_ids(counts, f"the counts of {table!r}")
         if keys.dim() != 1 or of_key.shape != keys.shape:
             raise ValueError(
                 f"ids of shape {list(keys.shape)} and counts of shape {list(of_key.shape)} for table {table!r}; "
@@ -267,10 +238,7 @@ class AllocationBuilder:
             changed = ", ".join(f"{k}: {mine[k]!r} and {theirs[k]!r}" for k in mine if mine[k] != theirs[k])
             raise ValueError(f"builders with other settings cannot be merged ({changed}); make them alike")
         # Nothing is taken unless everything can be.
-        for table, length in other._vector_lengths.items():
-            self._check_vector_length(table, length)
-        self._vectors = {table: self._with_vectors(table, *given) for table, given in other._vectors.items()}
-        self._vector_lengths |= other._vector_lengths
+        self._vectors = {table: mine.merged(other._vectors[table]) for table, mine in self._vectors.items()}
         self._sample.merge(other._sample)
         self._frequency.merge(other._frequency)
         return self
@@ -289,7 +257,7 @@ class AllocationBuilder:
         self._frequency.settle()
         rows = self._sample.rows()
         row_of_key = rows.row_of_key()
-        with_vectors = {name for name, (keys, _) in self._vectors.items() if keys.numel()}
+        with_vectors = {name for name, vectors in self._vectors.items() if vectors.keys.numel()}
         if rows.hash.numel() == 0 and not with_vectors and not any(self._frequency.occurrences):
             raise ValueError("no training row was given; call update first, or use Allocation.hashed(tables, config)")
         for name, occurrences in zip(self._table_names, self._frequency.occurrences):
@@ -304,7 +272,10 @@ class AllocationBuilder:
         ids: dict[str, dict[str, Any]] = {
             name: {"seen": int((part.count > 0).sum()), "whole": name in whole} for name, part in parts.items()
         }
-        memories = [self._build_memory(layout, parts, rows, ids) for layout in layouts]
+        memory_builder = MemoryBuilder(
+            self.config, self._salts, self.sources, self._vectors, rows, self.shared_fraction, self.signature_fraction
+        )
+        memories = [memory_builder.build(layout, parts, ids) for layout in layouts]
         provenance = {
             "source": self._source_record(),
             "signature_fraction": self.signature_fraction,
@@ -317,79 +288,6 @@ class AllocationBuilder:
         }
         in_order = tuple(table.name for table in self._tables if table.name in whole)
         return Allocation(self.config, self._tables, in_order, tuple(memories), provenance)
-
-    def _build_memory(
-        self, layout: MemoryLayout, parts: Mapping[str, "_Ids"], rows: Rows, record: dict[str, dict[str, Any]]
-    ) -> MemoryAllocation:
-        """The memory of a layout, given the ids of all tables; adds what became of them to the tables' records."""
-        tables, budget = layout.tables, layout.budget_bytes
-        ids = _Ids.concatenate([parts[table.name] for table in tables])
-        positions, n_positions = None, None
-        if not layout.raw_ids:
-            positions = self._positions(ids, tables)
-            inside = positions >= 0
-            for table in tables:
-                beyond = ~inside & (ids.table == self._table_names.index(table.name))
-                record[table.name]["out_of_vocabulary"] = int(beyond.sum())
-            ids, positions = ids.select(inside), positions[inside]
-            n_positions = sum(table.num_embeddings for table in tables)
-        by_frequency, count = self._by_frequency(ids, ids.count, positions), ids.count
-        first: Tensor | None = None
-        if positions is not None:
-            # Where id 0 stands for all that is unknown it comes first, however often it occurs.
-            leading = self._with_id_0_leading(ids)
-            in_order = self._by_frequency(ids, leading, positions)
-            number = torch.zeros(len(self._table_names), dtype=torch.int64)
-            number[[self._table_names.index(table.name) for table in tables]] = torch.arange(len(tables))
-            seen = in_order[leading[in_order] > 0]
-            of_table = number[ids.table[seen].long()]
-            first = first_positions(positions[seen], of_table, len(tables))
-            if first is not None:
-                by_frequency, count = in_order, leading
-        seen = by_frequency[count[by_frequency] > 0]
-
-        sharing, signature_bytes = by_frequency, budget + 1
-        for _ in range(2):  # again where those who share need fewer bytes for signatures than were kept for them
-            wanted = self._signature_bytes(ids, sharing, n_positions, budget)
-            if wanted >= signature_bytes:
-                break
-            levels, signature_bytes = choose_levels(
-                layout,
-                count[seen].numpy(),
-                n_positions,
-                None if first is None else len(tables),
-                budget,
-                self.config.skew,
-                self.shared_fraction,
-                wanted,
-            )
-            is_owner = torch.zeros_like(ids.eligible)
-            is_owner[seen[: levels[0].own_rows]] = True
-            sharing = by_frequency[~is_owner[by_frequency]]
-        if first is not None and n_positions is not None:
-            tensors, owners = ranges_of(levels, first, of_table, n_positions), seen[: levels[0].own_rows]
-        else:
-            levels, tensors, owns = place_owners(
-                levels, ids.keys[seen], None if positions is None else positions[seen], n_positions
-            )
-            owners = seen[owns]
-        signed = self._sign(levels, ids, sharing, positions, n_positions, signature_bytes, rows, tensors)
-        agreeing = _agreeing(tensors["signatures"]) if signed.numel() else torch.zeros(0, dtype=torch.bool)
-        for table in tables:
-            here = ids.table == self._table_names.index(table.name)
-            own_of_level = [owners[: level.own_rows][here[owners[: level.own_rows]]] for level in levels]
-            occurrences = max(int(parts[table.name].count.sum()), 1)
-            record[table.name] |= {
-                "own": [own.numel() for own in own_of_level],
-                # Of the occurrences of the table's ids: what a planner should know of a level.
-                "present": [
-                    1.0 if level.shared_rows else int(ids.count[own].sum()) / occurrences
-                    for level, own in zip(levels, own_of_level)
-                ],
-                "with_signature": int(here[signed].sum()),
-                "sharing_by_signature": int(here[signed[agreeing]].sum()),
-            }
-        return new_memory(layout, levels, tensors)
 
     def _set_whole_tables_apart(self) -> tuple[set[str], list[MemoryLayout]]:
         """Names of the tables that are kept whole, and layouts of the others, among which what is left is shared in
@@ -425,80 +323,7 @@ class AllocationBuilder:
                 layouts.append(replace(layout, budget_bytes=budget))
         return whole, layouts
 
-    def _positions(self, ids: "_Ids", tables: Sequence[TableSpec]) -> Tensor:
-        """int64 [V], places of ids among those of all vocabularies, one table after another; -1 for ids outside."""
-        positions = torch.full_like(ids.keys, -1)
-        first, all_values = 0, self._values(ids)
-        for table in tables:
-            here = (ids.table == self._table_names.index(table.name)).nonzero().squeeze(1)
-            values = all_values[here]
-            inside = (values >= 0) & (values < table.num_embeddings)
-            positions[here[inside]] = values[inside] + first
-            first += table.num_embeddings
-        return positions
-
-    def _values(self, ids: "_Ids") -> Tensor:
-        """int64 [V], the ids themselves."""
-        salts = torch.tensor([self._salts[name] for name in self._table_names])
-        return unmix64(ids.keys) ^ salts[ids.table.long()]
-
-    def _by_frequency(self, ids: "_Ids", count: Tensor, positions: Tensor | None) -> Tensor:
-        """int64 [V], the ids by descending count; those of equal count in an order that no input order changes. Of
-        vocabularies that is their value, so that one sorted by frequency stays in order; of raw ids that of their keys.
-        """
-        tie = torch.sort(ids.keys if positions is None else self._values(ids), stable=True).indices
-        return tie[torch.sort(count[tie], descending=True, stable=True).indices]
-
-    def _with_id_0_leading(self, ids: "_Ids") -> Tensor:
-        """int64 [V], counts, in which id 0 of a table, if it occurs, does so as often as the table's most frequent."""
-        table = ids.table.long()
-        most = torch.zeros(len(self._table_names), dtype=torch.int64).scatter_reduce(0, table, ids.count, "amax")
-        return torch.where((self._values(ids) == 0) & (ids.count > 0), most[table], ids.count)
-
-    def _signature_bytes(self, ids: "_Ids", sharing: Tensor, n_positions: int | None, budget: int) -> int:
-        """What to keep for the signatures of some ids: their share of the budget, or what all of them would take."""
-        eligible = sharing[ids.eligible[sharing]]
-        if eligible.numel() == 0:
-            return 0
-        values_bytes = 4 * self._num_values(ids.table[eligible]) * eligible.numel()
-        at_most = _set_bytes(eligible.numel(), n_positions) + values_bytes
-        return min(at_most, int(self.signature_fraction * budget))
-
-    def _num_values(self, tables: Tensor) -> int:
-        """The largest K of the sources of some tables, given by index."""
-        sources = [self.sources[self._table_names[table]] for table in tables.unique().tolist()]
-        return max((source.num_values for source in sources if source), default=0)
-
-    def _sign(
-        self,
-        levels: Sequence[Level],
-        ids: "_Ids",
-        sharing: Tensor,
-        positions: Tensor | None,
-        n_positions: int | None,
-        budget: int,
-        rows: Rows,
-        tensors: dict[str, Tensor],
-    ) -> Tensor:
-        """Adds the signatures of ids that share rows, as many as fit, to `tensors`; returns who has one, in order."""
-        eligible = sharing[ids.eligible[sharing]]
-        num_values = min(self._num_values(ids.table[eligible]), sum(level.shared_rows > 0 for level in levels))
-        each = 4 * num_values + (6 if n_positions is None else 0)
-        left = max(0, budget - _set_bytes(0, n_positions))
-        signed = eligible[: left // each if each else 0]
-        if signed.numel() == 0:
-            return signed
-        if positions is None or n_positions is None:
-            low, starts, order = build_index(ids.keys[signed])
-            tensors |= {"signed.low": low, "signed.starts": starts}
-        else:
-            tensors["signed.words"] = build_bitmap(positions[signed], n_positions)
-            order = torch.sort(positions[signed]).indices
-        signed = signed[order]
-        tensors["signatures"] = self._signatures(ids, signed, num_values, rows)
-        return signed
-
-    def _ids_of_table(self, table: int, rows: Rows, row_of_key: Tensor) -> "_Ids":
+    def _ids_of_table(self, table: int, rows: Rows, row_of_key: Tensor) -> Ids:
         """All ids of a table, and who may have a signature."""
         name, source = self._table_names[table], self.sources[self._table_names[table]]
         in_table = (rows.tables == table).nonzero().squeeze(1)
@@ -514,7 +339,7 @@ class AllocationBuilder:
                 count = torch.maximum(torch.from_numpy(self._frequency.estimates(keys.numpy())), in_sample)
         eligible = torch.zeros_like(keys, dtype=torch.bool)
         if isinstance(source, SimHash):
-            given = self._vectors[name][0]
+            given = self._vectors[name].keys
             unseen = given[~torch.isin(given, keys)]
             keys, order = torch.sort(torch.cat([keys, unseen]))
             count = torch.cat([count, torch.zeros_like(unseen)])[order]
@@ -528,57 +353,7 @@ class AllocationBuilder:
                 # In a bag or in two features an id may stand in one row twice; its support is the rows.
                 item = torch.unique(row * keys.numel() + item) % keys.numel()
             eligible = torch.bincount(item, minlength=keys.numel()) >= source.min_support
-        return _Ids(keys, count, torch.full_like(keys, table, dtype=torch.int16), eligible)
-
-    def _signatures(self, ids: "_Ids", chosen: Tensor, num_values: int, rows: Rows) -> Tensor:
-        """int32 [S, num_values], the signatures of the chosen ids (positions in `ids`, int64 [S])."""
-        signatures = torch.empty(chosen.numel(), num_values, dtype=torch.int32)
-        groups: dict[Source, list[int]] = {}
-        for table in ids.table[chosen].unique().tolist():
-            source = self.sources[self._table_names[table]]
-            assert source is not None
-            groups.setdefault(source, []).append(table)
-        for source, members in groups.items():
-            in_group = torch.isin(ids.table[chosen], torch.tensor(members, dtype=torch.int16))
-            keys, tables = ids.keys[chosen][in_group], ids.table[chosen][in_group]
-            own_values = min(source.num_values, num_values)
-            if isinstance(source, RowsSource):
-                seen = rows.first(source.max_rows)
-                item = torch.full_like(seen.keys, -1)
-                for table in members:
-                    of_table, in_table = (tables == table).nonzero().squeeze(1), seen.tables == table
-                    item[in_table] = _find(keys[of_table], seen.keys[in_table], of_table)
-                values = source.signatures(seen, item, keys, own_values, self.config.seed, self._table_names)
-            else:
-                values = torch.empty(keys.numel(), own_values, dtype=torch.int32)
-                for table in members:
-                    given, of_given = self._vectors[self._table_names[table]]
-                    of_table = tables == table
-                    values[of_table] = of_given[torch.searchsorted(given, keys[of_table]), :own_values]
-            if source.within_table:
-                salts = torch.tensor([self._salts[name] for name in self._table_names])[tables.long()]  # (S)
-                values = (mix64(values ^ salts.unsqueeze(1)) >> 32).to(torch.int32)
-            signatures[in_group] = values[:, torch.arange(num_values) % own_values]
-        return signatures
-
-    def _check_vector_length(self, table: str, length: int) -> None:
-        known = self._vector_lengths.get(table, length)
-        if length != known:
-            raise ValueError(
-                f"table {table!r} was given vectors of length {known} and of length {length}; ids with vectors of "
-                "different lengths never agree, so give all of a table's ids vectors of one length"
-            )
-
-    def _with_vectors(self, table: str, keys: Tensor, signatures: Tensor) -> tuple[Tensor, Tensor]:
-        """The keys, int64 [n] ascending, and signatures, int32 [n, K], of a table together with some more."""
-        known_keys, known = self._vectors[table]
-        keys, order = torch.sort(torch.cat([known_keys, keys]), stable=True)
-        signatures = torch.cat([known, signatures])[order]
-        again = keys[1:] == keys[:-1]
-        if (again & (signatures[1:] != signatures[:-1]).any(1)).any():
-            raise ValueError(f"an id of table {table!r} was given two vectors that differ; give each id one vector")
-        first = torch.cat([torch.ones(keys[:1].numel(), dtype=torch.bool), ~again])
-        return keys[first], signatures[first]
+        return Ids(keys, count, torch.full_like(keys, table), eligible)
 
     def _sample_is_whole(self, rows: Rows) -> bool:
         return int(rows.count.sum()) == self._sample.rows_seen
@@ -601,35 +376,6 @@ class AllocationBuilder:
         }
 
 
-@dataclass
-class _Ids:
-    """The ids of some tables.
-
-    Attributes:
-        keys: int64 [V], mixed; ascending within a table.
-        count: int64 [V], occurrences.
-        table: int16 [V], index of the table.
-        eligible: bool [V], whether the id may have a signature.
-    """
-
-    keys: Tensor
-    count: Tensor
-    table: Tensor
-    eligible: Tensor
-
-    @classmethod
-    def concatenate(cls, parts: "list[_Ids]") -> "_Ids":
-        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in cls.__dataclass_fields__))
-
-    def select(self, chosen: Tensor) -> "_Ids":
-        return _Ids(*(getattr(self, name)[chosen] for name in self.__dataclass_fields__))
-
-
-def _set_bytes(n: int, n_positions: int | None) -> int:
-    """At most: of an index of n raw ids, or of a bitmap of the ids of vocabularies."""
-    return 6 * n + 12 if n_positions is None else bitmap_bytes(n_positions)
-
-
 def _by_table(source: Sources, tables: Sequence[str]) -> dict[str, Source | None]:
     by_table = source if isinstance(source, Mapping) else dict.fromkeys(tables, source)
     unknown = sorted(set(by_table) - set(tables))
@@ -642,30 +388,3 @@ def _by_table(source: Sources, tables: Sequence[str]) -> dict[str, Source | None
             # One source for all tables may name one of them: that one is the context of the others.
             one.check_fields(tables, name if isinstance(source, Mapping) else None)
     return {name: by_table.get(name) for name in tables}
-
-
-def _int64(ids: Any, where: str) -> Tensor:
-    """Ids of any kind of array as int64 on the CPU."""
-    try:
-        ids = torch.as_tensor(ids).cpu()
-    except (OverflowError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{where} has ids that are no int64 ({error}); ids are integers in [-2**63, 2**63)") from error
-    return to_int64(ids, where)
-
-
-def _find(keys: Tensor, wanted: Tensor, positions: Tensor) -> Tensor:
-    """For each wanted key int64 [N], the entry of `positions` where `keys` (in any order) has it, else -1."""
-    if keys.numel() == 0:
-        return torch.full_like(wanted, -1)
-    ascending, order = torch.sort(keys)
-    found = torch.searchsorted(ascending, wanted).clamp(max=keys.numel() - 1)
-    return torch.where(ascending[found] == wanted, positions[order[found]], -1)
-
-
-def _agreeing(signatures: Tensor) -> Tensor:
-    """bool [S], which of the signatures, int32 [S, K], agree with another one in some value."""
-    agreeing = torch.zeros(signatures.size(0), dtype=torch.bool)
-    for values in signatures.unbind(1):
-        _, which, count = torch.unique(values, return_inverse=True, return_counts=True)
-        agreeing |= count[which] > 1
-    return agreeing

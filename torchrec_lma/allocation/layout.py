@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import nn
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig, DataType, data_type_to_dtype
 
 from torchrec_lma.config import WEIGHT_TYPES, LMAConfig
@@ -207,6 +208,12 @@ def _check_table(table: BaseEmbeddingConfig, names: set[str]) -> None:
         raise TypeError(f"tables must be EmbeddingBagConfig or EmbeddingConfig, got a {type(table).__name__}: {table}")
     if not table.name or table.name in names:
         raise ValueError(f"table name {table.name!r} is empty or given twice; every table needs a name of its own")
+    # The collection holds tables as torch modules by name, and makes keys of "/": said before a pass over the data.
+    if "." in table.name or "/" in table.name or hasattr(nn.ModuleDict(), table.name):
+        raise ValueError(
+            f"table name {table.name!r} cannot name a torch module: it has a '.' or '/', or torch.nn.ModuleDict has an "
+            "attribute of that name; rename the table, features may have any name"
+        )
     if table.num_embeddings < 1 or table.embedding_dim < 1:
         raise ValueError(
             f"table {table.name!r} has num_embeddings={table.num_embeddings} and "
