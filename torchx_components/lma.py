@@ -1,14 +1,16 @@
 """TorchX components: each function is one job, and its docstring is its command line help.
 
-Run them from the repository root, locally, on Slurm or on Kubernetes; only ``--scheduler`` and its ``-cfg`` change::
+torchx finds them where the package is installed (elsewhere by path: ``torchx_components/lma.py:train``). Run them locally,
+on Slurm or on Kubernetes; only ``--scheduler`` and its ``-cfg`` change::
 
-    torchx run --scheduler local_cwd torchx_components/lma.py:allocate -- --help
-    torchx run --scheduler local_cwd torchx_components/lma.py:allocate -j 1x2 -- --out allocation.safetensors
-    torchx run --scheduler local_cwd torchx_components/lma.py:train -j 1x2 -- --epochs 1
-    torchx run --scheduler slurm -cfg partition=gpu torchx_components/lma.py:train -j 4x8 --gpu 8 -- --epochs 1
-    torchx run --scheduler kubernetes -cfg queue=default torchx_components/lma.py:train --image IMAGE -j 4x8 --gpu 8
+    torchx run --scheduler local_cwd lma.allocate -- --help
+    torchx run --scheduler local_cwd lma.allocate -j 1x2 -- --out allocation.safetensors
+    torchx run --scheduler local_cwd lma.train -j 1x2 -- --epochs 1
+    torchx run --scheduler slurm -cfg partition=gpu lma.train -j 4x8 --gpu 8 -- --epochs 1
+    torchx run --scheduler kubernetes -cfg queue=default lma.train --image IMAGE -j 4x8 --gpu 8
 
-What follows ``--`` goes to the program. ``python`` and ``torchrun`` are taken from PATH (locally: activate the
+``lma.train`` runs ``examples/dlrm/train.py`` of the repository, in whose root the job then starts; ``--script`` names any
+other. What follows ``--`` goes to the program. ``python`` and ``torchrun`` are taken from PATH (locally: activate the
 environment first) and relative paths from the working directory of the job: the current directory with local_cwd, the
 current directory or ``job_dir`` with Slurm, the image's WORKDIR with Docker and Kubernetes, where TorchX copies the
 workspace.
