@@ -4,10 +4,13 @@ The slow tests run the DLRM example under torchrun on two gloo ranks and send re
 """
 
 import importlib
+import itertools
 import json
+import multiprocessing
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -22,6 +25,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from faulty_train import Fault
 from torch import nn
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
@@ -72,7 +76,7 @@ class Small:
 
 
 def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    return sorted(path.name for path in folder.iterdir() if path.name != ".lock")
 
 
 def test_checkpoints_sort_by_what_was_done_and_the_newest_are_kept(tmp_path: Path) -> None:
@@ -162,9 +166,48 @@ def change_progress(path: Path) -> str:
     return "progress.json has SHA-256"
 
 
-@pytest.mark.parametrize(
-    "harm", [truncate, flip_a_bit, remove_metadata, remove_manifest, cut_manifest, change_progress]
-)
+def rewrite_manifest(path: Path, digests: Any) -> None:
+    (path / "manifest.json").write_text(json.dumps({"sha256": digests}))
+
+
+def list_nothing(path: Path) -> str:
+    rewrite_manifest(path, {})
+    return "manifest.json does not list .metadata"
+
+
+def list_nothing_by_a_string(path: Path) -> str:
+    rewrite_manifest(path, "")
+    return "manifest.json cannot be read: its sha256 is a str"
+
+
+def do_not_list(ending: str) -> Callable[[Path], str]:
+    def harm(path: Path) -> str:
+        digests = json.loads((path / "manifest.json").read_text())["sha256"]
+        (name,) = [each for each in digests if each.endswith(ending)]
+        rewrite_manifest(path, {each: digest for each, digest in digests.items() if each != name})
+        return f"{name} is not in manifest.json" if ending == ".distcp" else f"manifest.json does not list {name}"
+
+    return harm
+
+
+def add_a_vocabulary(path: Path) -> str:
+    Vocabulary({"user": np.array([7])}).save(path / "vocabulary.safetensors")
+    return "vocabulary.safetensors is not in manifest.json"
+
+
+def add_a_folder(path: Path) -> str:
+    (path / "more").mkdir()
+    return "more is not in manifest.json"
+
+
+HARMS: dict[str, Callable[[Path], str]] = {
+    **{f.__name__: f for f in (truncate, flip_a_bit, remove_metadata, remove_manifest, cut_manifest, change_progress)},
+    **{f.__name__: f for f in (list_nothing, list_nothing_by_a_string, add_a_vocabulary, add_a_folder)},
+    **{f"do not list {ending}": do_not_list(ending) for ending in (".distcp", ".metadata", "settings.json")},
+}
+
+
+@pytest.mark.parametrize("harm", HARMS.values(), ids=HARMS.keys())
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(
     tmp_path: Path, harm: Callable[[Path], str], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -220,6 +263,100 @@ def test_a_save_that_is_cut_short_leaves_a_whole_checkpoint(
     after = small.save(checkpoints, 10)
     assert checkpoints.newest() == after
     assert names(tmp_path) == [after.name]  # what the cut save left is gone
+
+
+def save_for_ever(folder: Path, connection: Any) -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    small = Small(1)
+    checkpoints = Checkpoints(folder)
+    for steps in itertools.count(1):
+        path = small.save(checkpoints, steps)
+        if steps == 1:
+            connection.send(path)
+
+
+def test_two_runs_do_not_write_in_one_folder_and_a_dead_one_does_not_hold_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpointing, "LOCK_SECONDS", 0.5)
+    folder = tmp_path / "run"
+    here, there = multiprocessing.get_context("spawn").Pipe()
+    other = multiprocessing.get_context("spawn").Process(target=save_for_ever, args=(folder, there), daemon=True)
+    other.start()
+    try:
+        assert here.recv() == folder / "step-00000001"
+        (tmp_path / "link").symlink_to(folder)
+        small = Small(0)
+        said = rf"another run writes in {folder}: process {other.pid} on .* since"
+        for mine in (Checkpoints(folder), Checkpoints(tmp_path / "link")):
+            with pytest.raises(OSError, match=said):
+                mine.newest()
+            with pytest.raises(OSError, match=said):
+                small.save(mine, 5)
+    finally:
+        other.kill()
+        other.join()
+    assert (folder / ".lock").exists()
+    newest = Checkpoints(folder).newest()
+    assert newest is not None and checkpointing.damage(newest) is None
+    saved = small.save(Checkpoints(folder), 10**6)
+    assert Checkpoints(folder).newest() == saved
+    assert not list(folder.glob(".writing-*"))
+
+
+def test_a_folder_that_was_removed_and_made_again_is_locked_again(tmp_path: Path) -> None:
+    small, checkpoints = Small(0), Checkpoints(tmp_path / "run")
+    small.save(checkpoints, 1)
+    shutil.rmtree(tmp_path / "run")
+    small.save(checkpoints, 1)
+    lock = f"import fcntl; fcntl.flock(open('{tmp_path}/run/.lock'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    tried = subprocess.run([sys.executable, "-c", lock], capture_output=True, text=True)
+    assert "BlockingIOError" in tried.stderr
+    del checkpoints
+    subprocess.run([sys.executable, "-c", lock], check=True)
+
+
+def test_what_a_survivor_of_an_earlier_run_still_writes_is_in_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small, checkpoints, writing = Small(0), Checkpoints(tmp_path), []
+    save = dcp.save
+
+    def beside_a_survivor(state: dict[str, Any], checkpoint_id: Path) -> None:
+        for earlier in writing:  # it makes its folder again, or has it still
+            earlier.mkdir(exist_ok=True)
+            (earlier / "__1_0.distcp").write_bytes(b"weights of another run")
+        writing.append(checkpoint_id)
+        save(state, checkpoint_id=checkpoint_id)
+
+    monkeypatch.setattr("checkpointing.dcp.save", beside_a_survivor)
+    for _ in range(3):
+        path = small.save(checkpoints, 5)
+        assert checkpointing.damage(path) is None
+        assert "__1_0.distcp" not in names(path)
+
+
+def test_a_save_without_room_leaves_nothing_behind(tmp_path: Path) -> None:
+    small, checkpoints = Small(0), Checkpoints(tmp_path)
+    before = small.save(checkpoints, 5)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(dcp.CheckpointException, match="File too large|enforce fail"):
+            small.save(checkpoints, 10)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert names(tmp_path) == [before.name] and checkpoints.newest() == before
+
+
+@pytest.mark.parametrize("within", [".", "more", "more/and/more"])
+@pytest.mark.parametrize("prefix", ["", "damaged-", ".writing-"])
+def test_a_checkpoint_is_no_folder_of_checkpoints(tmp_path: Path, prefix: str, within: str) -> None:
+    path = Small(0).save(Checkpoints(tmp_path), 5)
+    path = path.rename(path.with_name(prefix + path.name))
+    (path / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=rf"is in the checkpoint {path}; give the folder of the run, {tmp_path}"):
+        Checkpoints(path / within)
 
 
 # --- the trainer's parts -------------------------------------------------------------------------------------------

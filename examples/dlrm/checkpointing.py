@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import secrets
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,17 @@ from training_state import TrainingState, gathered
 
 from torchrec_lma import checkpoint
 from torchrec_lma.datasets import Vocabulary
-from torchrec_lma.files import sync
+from torchrec_lma.files import FolderLock, lock_folder, sync
 
 PROGRESS = "progress.json"
 SETTINGS = "settings.json"
 VOCABULARY = "vocabulary.safetensors"
 MANIFEST = "manifest.json"
+_ALWAYS = (".metadata", PROGRESS, SETTINGS)  # in every checkpoint
 _WRITING, _REPLACED = ".writing-", ".replaced-"
 _NAME = re.compile(r"step-(\d+)")
+# A scheduler may start a job again while processes of the one before still end.
+LOCK_SECONDS = 10
 
 logger = logging.getLogger(__name__)
 
@@ -36,19 +40,27 @@ class Checkpoints:
     Each holds the model and the optimizer, which load under any plan and world size, and the ranks' random states, all
     written by torch.distributed.checkpoint; `progress.json`; `settings.json`; `vocabulary.safetensors` where there is
     one; and, written last, `manifest.json` with the SHA-256 of every other file. A folder is written as
-    `.writing-<name>` and renamed, so what has a checkpoint's name was complete once; the manifest tells whether it
-    still is.
+    `.writing-<name>-<random>` and renamed, so what has a checkpoint's name was complete once; the manifest tells
+    whether it still is.
+
+    One run writes in a folder: `newest` and `save` lock it, and it stays locked while this object lives.
 
     Args:
         folder: on a file system that all ranks share.
         keep: how many of the newest checkpoints to keep, at least 1; the best one is kept beside them.
+    Raises:
+        ValueError: `keep` is below 1, or the folder is a checkpoint or in one.
     """
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
         if keep < 1:
             raise ValueError(f"keep={keep} must be at least 1: the newest checkpoint is what a restart goes on from")
+        for outer in (folder.absolute(), *folder.absolute().parents):
+            if is_checkpoint(outer):
+                raise ValueError(f"{folder} is in the checkpoint {outer}; give the folder of the run, {outer.parent}")
         self.folder = folder
         self.keep = keep
+        self._lock: FolderLock | None = None
 
     def paths(self) -> list[Path]:
         """The checkpoints, oldest first. Whether they are whole is not looked at: see `newest` and `damage`."""
@@ -64,8 +76,11 @@ class Checkpoints:
 
         A damaged one is named in the log and renamed to `damaged-<name>`, and the one before it is looked at.
 
-        Raises ValueError when there are damaged checkpoints and no whole one.
+        Raises:
+            ValueError: there are damaged checkpoints and no whole one.
+            FolderInUse: another run writes in the folder.
         """
+        self._own_folder()
         if _rank() == 0:
             for old in self.folder.glob(f"{_REPLACED}*"):
                 if (final := old.with_name(old.name.removeprefix(_REPLACED))).exists():
@@ -99,7 +114,7 @@ class Checkpoints:
         vocabulary: Vocabulary | None = None,
         best: int | None = None,
     ) -> Path:
-        """Writes a checkpoint and removes those that are not kept. Collective.
+        """Writes a checkpoint and removes those that are not kept. Collective. Raises FolderInUse as `newest`.
 
         Args:
             steps: done in all epochs.
@@ -108,32 +123,62 @@ class Checkpoints:
             vocabulary: `read_vocabulary` gives it back.
             best: the checkpoint after so many steps is kept, however old: it is the one to use.
         """
+        self._own_folder()
         final = self.path(steps)
-        writing = self.folder / f"{_WRITING}{final.name}"
+        # A name that no rank of a dead run knows: one that still lives must not write into this checkpoint.
+        writing = self.folder / _from_rank_0(f"{_WRITING}{final.name}-{secrets.token_hex(4)}")
         if _rank() == 0:
             for leftover in self.folder.glob(f"{_WRITING}*"):  # of saves that were killed
-                shutil.rmtree(leftover)
+                shutil.rmtree(leftover, ignore_errors=True)  # whose ranks may still write there
             writing.mkdir(parents=True)
         dist.barrier()
-        dcp.save(TrainingState(model, optimizer, _random_state()).stored(), checkpoint_id=writing)
+        try:
+            self._write(writing, model, optimizer, progress, settings, vocabulary)
+            if _rank() == 0:
+                if final.exists():
+                    os.replace(final, self.folder / f"{_REPLACED}{final.name}")
+                os.replace(writing, final)
+                sync(self.folder)
+        finally:
+            if _rank() == 0 and writing.exists():  # of a save that failed, for want of room maybe
+                shutil.rmtree(writing, ignore_errors=True)
         if _rank() == 0:
-            _write_json(writing / PROGRESS, progress)
-            _write_json(writing / SETTINGS, settings)
-            if vocabulary is not None:
-                vocabulary.save(writing / VOCABULARY)
-        dist.barrier()
-        digests = _digests(writing)
-        if _rank() == 0:
-            _write_json(writing / MANIFEST, {"sha256": digests})
-            if final.exists():
-                os.replace(final, self.folder / f"{_REPLACED}{final.name}")
-            os.replace(writing, final)
-            sync(self.folder)
             for old in [*self.paths()[: -self.keep], *self.folder.glob(f"{_REPLACED}*")]:
                 if best is None or old != self.path(best):
                     shutil.rmtree(old)
         dist.barrier()
         return final
+
+    @staticmethod
+    def _write(
+        folder: Path,
+        model: nn.Module,
+        optimizer: CombinedOptimizer,
+        progress: dict[str, Any],
+        settings: dict[str, Any],
+        vocabulary: Vocabulary | None,
+    ) -> None:
+        dcp.save(TrainingState(model, optimizer, _random_state()).stored(), checkpoint_id=folder)
+        if _rank() == 0:
+            _write_json(folder / PROGRESS, progress)
+            _write_json(folder / SETTINGS, settings)
+            if vocabulary is not None:
+                vocabulary.save(folder / VOCABULARY)
+        dist.barrier()
+        digests = _digests(folder)
+        if _rank() == 0:
+            _write_json(folder / MANIFEST, {"sha256": digests})
+
+    def _own_folder(self) -> None:
+        """Locks the folder. Collective."""
+        problem: OSError | None = None
+        if _rank() == 0:
+            try:
+                self._lock = lock_folder(self.folder, LOCK_SECONDS)
+            except OSError as error:
+                problem = error
+        if (problem := _from_rank_0(problem)) is not None:
+            raise problem
 
     def load(self, path: Path, model: nn.Module, optimizer: CombinedOptimizer) -> dict[str, Any]:
         """Loads in place and returns the progress that was saved. Collective.
@@ -167,6 +212,11 @@ def read_vocabulary(path: Path) -> Vocabulary | None:
     return Vocabulary.load(file) if file.exists() else None
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder is a checkpoint, whole or damaged, by the files in it."""
+    return sum((path / name).is_file() for name in (*_ALWAYS, MANIFEST)) >= 2
+
+
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, None if nothing is. A process group shares the work: collective then."""
     manifest = _from_rank_0(_read_manifest(path))
@@ -178,17 +228,24 @@ def damage(path: Path) -> str | None:
             return f"{name} is missing"
         if found[name] != digest:
             return f"{name} has SHA-256 {found[name]}, {MANIFEST} says {digest}"
+    for name in found:
+        if name not in manifest:
+            return f"{name} is not in {MANIFEST}"
     return None
 
 
 def _read_manifest(path: Path) -> dict[str, str] | str:
     """The SHA-256 of each file, or what is wrong with the manifest."""
     try:
-        return dict(json.loads((path / MANIFEST).read_text())["sha256"])
+        digests = json.loads((path / MANIFEST).read_text())["sha256"]
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{MANIFEST} cannot be read: {type(error).__name__}: {error}"
+    if not isinstance(digests, dict):
+        return f"{MANIFEST} cannot be read: its sha256 is a {type(digests).__name__}"
+    missing = [name for name in _ALWAYS if name not in digests]
+    return f"{MANIFEST} does not list {missing[0]}" if missing else digests
 
 
 def _digests(path: Path) -> dict[str, str]:
