@@ -1,7 +1,7 @@
 """TorchX components: each function is one job, and its docstring is its command line help.
 
-torchx finds them where the package is installed (elsewhere by path: ``torchx_components/lma.py:train``). Run them locally,
-on Slurm or on Kubernetes; only ``--scheduler`` and its ``-cfg`` change::
+TorchX finds them where the package is installed, elsewhere by path (``torchx_components/lma.py:train``). Run them
+locally, on Slurm or on Kubernetes; only ``--scheduler`` and its ``-cfg`` change::
 
     torchx run --scheduler local_cwd lma.allocate -- --help
     torchx run --scheduler local_cwd lma.allocate -j 1x2 -- --out allocation.safetensors
@@ -9,10 +9,10 @@ on Slurm or on Kubernetes; only ``--scheduler`` and its ``-cfg`` change::
     torchx run --scheduler slurm -cfg partition=gpu lma.train -j 4x8 --gpu 8 -- --epochs 1
     torchx run --scheduler kubernetes -cfg queue=default lma.train --image IMAGE -j 4x8 --gpu 8
 
-``lma.train`` runs ``examples/dlrm/train.py`` of the repository, in whose root the job then starts; ``--script`` names any
-other. What follows ``--`` goes to the program. ``python`` and ``torchrun`` are taken from PATH (locally: activate the
-environment first) and relative paths from the working directory of the job: the current directory with local_cwd, the
-current directory or ``job_dir`` with Slurm, the image's WORKDIR with Docker and Kubernetes, where TorchX copies the
+``lma.train`` runs ``examples/dlrm/train.py`` of the repository, in whose root the job then starts; ``--script`` names
+another one. What follows ``--`` goes to the program. ``python`` and ``torchrun`` are taken from PATH (locally: activate
+the environment first) and relative paths from the working directory of the job: the current directory with local_cwd,
+the current directory or ``job_dir`` with Slurm, the image's WORKDIR with Docker and Kubernetes, where TorchX copies the
 workspace.
 
 TorchX executes this file inside a module of its own when it is given by path: ``__file__`` is not this file, imports
