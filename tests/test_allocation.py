@@ -21,7 +21,7 @@ from torchrec_lma.allocation.bitmap import build_bitmap
 from torchrec_lma.allocation.layout import default_widths
 from torchrec_lma.allocation.ownership import Costs, choose_owners
 from torchrec_lma.allocation.sample import RowSample
-from torchrec_lma.remap import RangeOwners
+from torchrec_lma.owners import RangeOwners
 
 Row = dict[str, list[int]]  # feature -> ids
 
@@ -549,7 +549,7 @@ def test_signatures_are_minhashes_of_the_rows_with_the_id(raw_ids: bool) -> None
                     hashes_with.setdefault((TABLE_OF[feature], id), set()).add(content_hash(row, seed=5))
         for memory in allocation.memories:
             assert list(memory.tables) == tables[memory.dim]
-            expected = {}
+            expected: dict[Any, Any] = {}
             for (name, id), hashes in hashes_with.items():
                 if name in memory.tables:
                     expected[name, id] = []

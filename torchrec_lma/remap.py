@@ -20,67 +20,12 @@ from torchrec_lma.allocation.index import IdIndex
 from torchrec_lma.allocation.layout import MAX_ROWS
 from torchrec_lma.features import Slot, bag_ends, ids_per_feature, take_features
 from torchrec_lma.hashing import level_multiplier, mix64, salt, table_salt, to_row
+from torchrec_lma.owners import RangeOwners, owners_of_levels
 
 # torch.fx leaves alone what is wrapped in the module that calls it.
 torch.fx.wrap("bag_ends")
 torch.fx.wrap("ids_per_feature")
 torch.fx.wrap("take_features")
-
-
-class AllOwn(nn.Module):
-    """Every position is an owner, and its own row, int32."""
-
-    def forward(self, positions: Tensor, slot: Tensor) -> Tensor:
-        return positions.to(torch.int32)
-
-
-class NoneOwns(nn.Module):
-    """No position has an own row: int32, -1."""
-
-    def forward(self, positions: Tensor, slot: Tensor) -> Tensor:
-        return torch.full_like(positions, -1, dtype=torch.int32)
-
-
-class BitmapOwners(RankBitmap):
-    """Members of a set of positions are owners: int32, their rank, or -1."""
-
-    def forward(self, positions: Tensor, slot: Tensor) -> Tensor:
-        return self.find(positions)
-
-
-class IndexOwners(IdIndex):
-    """Raw ids whose keys are in an index are owners: int32, where, or -1."""
-
-    def forward(self, positions: Tensor, slot: Tensor) -> Tensor:
-        return self.find(positions)
-
-
-class RangeOwners(nn.Module):
-    """Positions in the range of their table are owners: int32, how many owners are before them, or -1.
-
-    Args:
-        ranges: int64 [tables, 2], where that of each table begins and ends.
-        tables: of each slot, its table's number.
-    """
-
-    first: Tensor
-    end: Tensor
-    shift: Tensor
-
-    def __init__(self, ranges: Tensor, tables: list[int]) -> None:
-        super().__init__()
-        self.register_buffer("ranges", ranges)
-        first, end = ranges[tables].unbind(1)
-        lengths = ranges[:, 1] - ranges[:, 0]
-        before = (lengths.cumsum(0) - lengths)[tables]
-        # Positions are compared in int32 where they fit.
-        dtype = torch.int32 if int(ranges.max()) <= MAX_ROWS else torch.int64
-        for name, values in (("first", first), ("end", end), ("shift", before - first)):
-            self.register_buffer(name, values.to(dtype), persistent=False)  # [slots]
-
-    def forward(self, positions: Tensor, slot: Tensor) -> Tensor:
-        inside = (positions >= self.first.index_select(0, slot)) & (positions < self.end.index_select(0, slot))
-        return torch.where(inside, positions + self.shift.index_select(0, slot), -1).to(torch.int32)
 
 
 class MemoryRemap(nn.Module):
@@ -126,19 +71,7 @@ class MemoryRemap(nn.Module):
         sizes = [num_embeddings[table] for table in memory.tables]
         positions = sum(sizes)
         self.positions_fit_int32 = positions <= MAX_ROWS
-        owners: list[nn.Module] = []
-        for k, level in enumerate(memory.levels):
-            if f"owners.{k}.words" in tensors:
-                owners.append(BitmapOwners(tensors[f"owners.{k}.words"]))
-            elif f"owners.{k}.ranges" in tensors:
-                owners.append(
-                    RangeOwners(tensors[f"owners.{k}.ranges"], [memory.tables.index(slot.table) for slot in slots])
-                )
-            elif f"owners.{k}.low" in tensors:
-                owners.append(IndexOwners(tensors[f"owners.{k}.low"], tensors[f"owners.{k}.starts"]))
-            else:
-                owners.append(AllOwn() if level.own_rows == positions else NoneOwns())
-            positions = level.own_rows
+        owners = owners_of_levels(memory, slots, positions)
         self.owners = nn.ModuleList(owners)
         self.by_slot = any(isinstance(each, RangeOwners) for each in owners[1:])
         self.has_signatures = "signatures" in tensors
