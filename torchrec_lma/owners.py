@@ -1,8 +1,8 @@
 """Who owns a row of a level: from positions to own rows, one class for each way to say it.
 
-Positions are int32 or int64 [L]: on level 0 of vocabularies places among the ids of all of them, -1 for what is outside;
-on level 0 of raw ids mixed keys; on the levels after it own rows of the level before, or -1. `slot` is the slot of each,
-int32 [L]. Own rows are int32 [L], -1 where there is none. Everything scripts, and traces under torch.fx.
+Positions are int32 or int64 [L]: on level 0 of vocabularies places among the ids of all of them, -1 for what is
+outside; on level 0 of raw ids mixed keys; on the levels after it own rows of the level before, or -1. `slot` is the
+slot of each, int32 [L]. Own rows are int32 [L], -1 where there is none. Everything scripts, and traces under torch.fx.
 """
 
 from collections.abc import Sequence
