@@ -23,6 +23,9 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 # Of every path one test file: train, shard, checkpoint and restart, export, serve.
 SMOKE := test_modules test_training_stack test_sharded test_train test_export test_serving_end_to_end
 
+# Of mypy in tests, which give wrong types on purpose and read values of any type from JSON and option lists.
+UNCHECKED := arg-type assignment func-returns-value index list-item misc operator union-attr
+
 .PHONY: help venv demo test test-slow smoke coverage lint docs clean
 
 help:
@@ -76,6 +79,8 @@ lint: venv
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	MYPYPATH=examples/dlrm $(VENV)/bin/mypy examples/quickstart.py examples/dlrm examples/benchmarks
+	MYPYPATH=examples/dlrm:examples/benchmarks $(VENV)/bin/mypy $(UNCHECKED:%=--disable-error-code=%) tests
 
 docs: venv
 	$(VENV)/bin/mkdocs build --strict --quiet

@@ -82,6 +82,7 @@ def _results(key: tuple[int, int], timeout: float) -> list[Any]:
         ready = wait(list(waiting), max(0.0, end - time.monotonic()))
         failed = "" if ready else f"ranks {sorted(waiting.values())} of {len(workers)}: timed out"
         for connection in ready:
+            assert isinstance(connection, Connection)
             rank = waiting[connection]
             try:
                 ok, results[rank] = connection.recv()

@@ -27,6 +27,8 @@ FLOATS, IDS, SCORED = ("price", "age"), ("user", "item", "tags"), ("clicks",)
 class Formula(nn.Module):
     """A prediction that depends on every number of its row and on nothing else, see `expected`."""
 
+    square: torch.Tensor
+
     def __init__(self, bias: float = 0.0, work: int = 0) -> None:
         super().__init__()
         self.bias = bias

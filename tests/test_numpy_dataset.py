@@ -23,7 +23,7 @@ ROWS = 101
 def columns(tmp_path: Path) -> dict[str, np.ndarray]:
     """The columns; each as a file in `npy`, and all in `all.parquet`."""
     random = np.random.default_rng(0)
-    columns = {
+    columns: dict[str, np.ndarray] = {
         "click": random.integers(0, 2, ROWS),
         "user": random.integers(-(2**62), 2**62, ROWS),
         "tags": random.integers(0, 9, (ROWS, 3)).astype(np.int32),

@@ -319,7 +319,8 @@ def test_a_folder_that_was_removed_and_made_again_is_locked_again(tmp_path: Path
 def test_what_a_survivor_of_an_earlier_run_still_writes_is_in_no_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small, checkpoints, writing = Small(0), Checkpoints(tmp_path), []
+    small, checkpoints = Small(0), Checkpoints(tmp_path)
+    writing: list[Any] = []
     save = dcp.save
 
     def beside_a_survivor(state: dict[str, Any], checkpoint_id: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from google.protobuf import descriptor_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
-from grpc_tools import protoc
+from grpc_tools import protoc  # type: ignore[import-untyped]
 from serving import FLOATS, IDS, POISON, Rows, Running, running, save_model
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 

@@ -21,7 +21,7 @@ import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ from torchrec_lma.options import (
 )
 from torchrec_lma.text_table import text_table
 
-Tables = EmbeddingBagCollection | LMAEmbeddingBagCollection
+Tables: TypeAlias = EmbeddingBagCollection | LMAEmbeddingBagCollection
 LR = 1e-3
 POINTS = 8  # of the curve, over one epoch
 

@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +178,7 @@ def methods(workload: Workload, allocations: dict[str, Allocation], beside: Sequ
         )
 
     lma = [
-        Method(name, lambda a=allocation: LMAEmbeddingBagCollection(workload.tables(), a, device=meta))
+        Method(name, partial(LMAEmbeddingBagCollection, workload.tables(), allocation, device=meta))
         for name, allocation in allocations.items()
     ]
     others = [
@@ -201,7 +202,7 @@ def shard(model: nn.Module, ebc: nn.Module, batch_size: int) -> DistributedModel
         sizes = {"world_size": world_size, "local_size": world_size, "device_type": "cpu"}
         plan = ShardingPlan({"ebc": construct_module_sharding_plan(ebc, by_table, sharder=sharder, **sizes)})
         return DistributedModelParallel(model, device=torch.device("cpu"), plan=plan, sharders=sharders)
-    inner = getattr(ebc, "levels", ebc)
+    inner: Any = getattr(ebc, "levels", ebc)
     # Data-parallel tables would have no fused optimizer.
     constraints = {
         table.name: ParameterConstraints(sharding_types=["table_wise", "column_wise"], compute_kernels=["fused"])

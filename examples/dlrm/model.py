@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -32,12 +32,12 @@ from torchrec_lma.distributed import level_constraints
 from torchrec_lma.memory_report import optimizer_state_bytes
 from torchrec_lma.options import make_builder
 
-OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+OPTIMIZERS: dict[str, Any] = {
     "sgd": torch.optim.SGD,
     "adagrad": torch.optim.Adagrad,
     "rowwise-adagrad": RowWiseAdagrad,
 }
-Collection = EmbeddingBagCollection | LMAEmbeddingBagCollection
+Collection: TypeAlias = EmbeddingBagCollection | LMAEmbeddingBagCollection
 Prepare = Callable[[KeyedJaggedTensor], Tensor]
 
 

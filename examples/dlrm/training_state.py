@@ -52,7 +52,7 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     Given nested ones, it takes a checkpoint for one of before torch 2.4 where this rank lacks a key that others have,
     such as the optimizer state of a table on another rank, and then wants keys for empty dicts, which nobody has.
     """
-    leaves = {}
+    leaves: dict[str, Any] = {}
     for name, value in tree.items():
         leaves |= _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return leaves
