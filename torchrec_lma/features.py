@@ -28,15 +28,22 @@ class Slot:
 
 
 def slots_of(tables: Sequence[BaseEmbeddingConfig]) -> list[Slot]:
-    """Of all tables in order. A table without feature names is fed by a feature of its own name, as in TorchRec."""
+    """Of all tables in order. A table without feature names is fed by a feature of its own name, as in TorchRec.
+
+    Raises ValueError where two would have one name, as a feature "item@t" and a shared feature "item" of table "t".
+    """
     for table in tables:
         if not table.feature_names:
             table.feature_names = [table.name]
-    return [
+    slots = [
         Slot(name, feature, table.name, table.embedding_dim)
         for table, names in zip(tables, get_embedding_names_by_table(list(tables)))
         for name, feature in zip(names, table.feature_names)
     ]
+    names = [slot.name for slot in slots]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"keys {twice} of the output would stand there twice: rename the features")
+    return slots
 
 
 def to_int64(ids: Tensor, where: str) -> Tensor:

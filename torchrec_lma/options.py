@@ -1,11 +1,18 @@
 """Command-line options for data, tables and allocations; `torchrec-lma` and the DLRM example take the same ones."""
 
 import argparse
+import math
+import os
+import re
+import sys
+from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, PoolingType
 
-from torchrec_lma.allocation import AllocationBuilder, ContextMinHash, RowsMinHash, Source
+from torchrec_lma.allocation import Allocation, AllocationBuilder, ContextMinHash, RowsMinHash, Source
 from torchrec_lma.config import WEIGHT_TYPES, LMAConfig
 from torchrec_lma.datasets import (
     CriteoDataset,
@@ -26,6 +33,22 @@ SOURCES: dict[str, Source | None] = {
 }
 
 
+def positive(text: str) -> int:
+    """An argument that counts something."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} must be at least 1")
+    return value
+
+
+def positive_number(text: str) -> float:
+    """An argument that is a finite number above 0."""
+    value = float(text)
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"{text} must be a finite number above 0")
+    return value
+
+
 def add_data_options(
     parser: argparse.ArgumentParser, default: str | None = MOVIELENS, needs_label: bool = True
 ) -> None:
@@ -34,8 +57,9 @@ def add_data_options(
         "--data",
         default=default,
         metavar="WHAT",
-        help=f"{MOVIELENS} (fetched with pip and cached), a parquet file or a directory of them, or with "
-        f"--format criteo a TSV file, with --format npy a directory of COLUMN.npy (default: {default or 'no data'})",
+        help=f"{MOVIELENS} (fetched with pip and cached), a parquet file, a folder of them, which are read in the "
+        "natural order of their names, or a quoted pattern such as 'clicks/day_*'; with --format criteo TSV files, "
+        f"with --format npy a folder of COLUMN.npy (default: {default or 'no data'})",
     )
     group.add_argument(
         "--format", choices=("parquet", "criteo", "npy"), default="parquet", help="of --data when it is a path"
@@ -58,39 +82,45 @@ def add_data_options(
 
 
 def open_dataset(args: argparse.Namespace, needs_label: bool = True) -> RowDataset:
-    """The dataset of `add_data_options`; unless it `needs_label`, labels are not read and are NaN in its batches.
+    """The dataset of `add_data_options`; unless it `needs_label`, labels need not be there and are NaN in its batches.
 
-    Raises ValueError or FileNotFoundError naming what is wrong.
+    Says on stderr which files are read, in which order. Raises ValueError or FileNotFoundError naming what is wrong.
     """
-    dataset = _open_dataset(args, needs_label)
-    if not needs_label:
-        dataset.schema = replace(dataset.schema, label=None)
-    return dataset
-
-
-def _open_dataset(args: argparse.Namespace, needs_label: bool) -> RowDataset:
     how = args.split or "hash"
-    kind, _, column = how.partition(":")
-    if kind not in ("time", "hash"):
+    by, _, column = how.partition(":")
+    if by not in ("time", "hash"):
         raise ValueError(f"--split {how!r} is unknown; give time:COLUMN, time or hash")
-    split = Split(kind, (column,) if column else (), args.validation_fraction, args.test_fraction)
+    split = Split(by, (column,) if column else (), args.validation_fraction, args.test_fraction)
     if args.data == MOVIELENS:
-        return ParquetDataset(movielens.prepare(), movielens.SCHEMA, split)
+        schema = movielens.SCHEMA if needs_label else replace(movielens.SCHEMA, label=None)
+        return ParquetDataset(movielens.prepare(), schema, split)
     if args.format == "criteo":
-        return CriteoDataset(args.data, split)
+        return _said(CriteoDataset(args.data, split, needs_label))
     if (needs_label and not args.label) or not args.categorical:
         needed = "--label COLUMN and --categorical COLUMN ..." if needs_label else "--categorical COLUMN ..."
         raise ValueError(f"--data {args.data} is {args.format}, which needs {needed}")
-    kind_of_dataset = NumpyDataset if args.format == "npy" else ParquetDataset
-    return kind_of_dataset(args.data, Schema(args.label, tuple(args.categorical), tuple(args.numeric)), split)
+    schema = Schema(args.label if needs_label else None, tuple(args.categorical), tuple(args.numeric))
+    return _said((NumpyDataset if args.format == "npy" else ParquetDataset)(args.data, schema, split))
+
+
+def _said(dataset: RowDataset) -> RowDataset:
+    """The dataset, after its files are said where there are several."""
+    names = [os.path.basename(path) for path in dataset.files]
+    if len(set(names)) < len(names):  # day=1/part-0, day=2/part-0
+        common = len(os.path.commonpath(dataset.files)) + 1
+        names = [path[common:] for path in dataset.files]
+    if len(names) > 1 and os.environ.get("RANK", "0") == "0":
+        shown = names if len(names) <= 12 else [*names[:6], "...", *names[-5:]]
+        print(f"data: {len(names)} files in this order: {', '.join(shown)}", file=sys.stderr, flush=True)
+    return dataset
 
 
 def add_table_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("tables")
-    group.add_argument("--dim", type=int, default=32, help="embedding_dim of every table (default: %(default)s)")
+    group.add_argument("--dim", type=positive, default=32, help="embedding_dim of every table (default: %(default)s)")
     group.add_argument(
         "--num-embeddings",
-        type=int,
+        type=positive,
         metavar="ROWS",
         help="rows of each full table, which is what compression is measured against. Ids are then taken as they are: "
         "full tables take them modulo ROWS, LMA tables raw. Without it the distinct ids of the training rows are a "
@@ -121,8 +151,19 @@ def count_embeddings(args: argparse.Namespace, dataset: RowDataset) -> dict[str,
     return {column: ids + 1 for column, ids in dataset.cardinalities().items()}
 
 
+def table_names(columns: Iterable[str]) -> dict[str, str]:
+    """Of each column `t_<column>`, what torch does not take in a module's name replaced by underscores."""
+    names = {column: "t_" + re.sub(r"\W", "_", column) for column in columns}
+    for column, name in names.items():
+        alike = [other for other, of_other in names.items() if of_other == name]
+        if len(alike) > 1:
+            raise ValueError(f"columns {alike} would both have a table {name!r}: rename one, {column!r} say")
+    return names
+
+
 def make_tables(args: argparse.Namespace, num_embeddings: dict[str, int]) -> list[EmbeddingBagConfig]:
-    """One table for each categorical column, named `t_<column>`. Raises ValueError if one would have no row."""
+    """One table for each categorical column, see `table_names`. Raises ValueError if one would have no row."""
+    names = table_names(num_embeddings)
     empty = [column for column, rows in num_embeddings.items() if rows < 1]
     if empty:
         raise ValueError(
@@ -135,7 +176,7 @@ def make_tables(args: argparse.Namespace, num_embeddings: dict[str, int]) -> lis
     bound = (len(num_embeddings) / sum(num_embeddings.values())) ** 0.5
     return [
         EmbeddingBagConfig(
-            name=f"t_{column}",
+            name=names[column],
             num_embeddings=rows,
             embedding_dim=args.dim,
             feature_names=[column],
@@ -152,7 +193,7 @@ def add_lma_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("LMA")
     budget = group.add_mutually_exclusive_group()
     budget.add_argument("--compression", type=float, metavar="FACTOR", help="full size over budget (default: 16)")
-    budget.add_argument("--memory-bytes", type=int, metavar="BYTES", help="the budget itself")
+    budget.add_argument("--memory-bytes", type=positive, metavar="BYTES", help="the budget itself")
     group.add_argument(
         "--skew",
         type=float,
@@ -161,7 +202,7 @@ def add_lma_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--widths",
-        type=int,
+        type=positive,
         nargs="+",
         metavar="COLUMNS",
         help="of the levels, which add up to --dim (default: chosen)",
@@ -196,3 +237,67 @@ def make_config(args: argparse.Namespace) -> LMAConfig:
 
 def make_builder(args: argparse.Namespace, tables: list[EmbeddingBagConfig]) -> AllocationBuilder:
     return AllocationBuilder(tables, make_config(args), SOURCES[args.source])
+
+
+def vocabulary_path(allocation: Path) -> Path:
+    """Where the vocabulary of an allocation is."""
+    return allocation.with_suffix(".vocabulary.safetensors")
+
+
+def save_allocation(
+    path: Path, allocation: Allocation, dataset: RowDataset, vocabulary: Vocabulary | None
+) -> Allocation:
+    """Writes an allocation, and beside it the vocabulary whose rows it allocates; returns it as it was written."""
+    notes: dict[str, Any] = {"id_types": dataset.id_types}
+    if vocabulary is not None:
+        vocabulary.save(vocabulary_path(path))
+        notes["vocabulary"] = vocabulary.fingerprint
+    allocation = replace(allocation, provenance=allocation.provenance | notes)
+    allocation.save(path)
+    return allocation
+
+
+def load_allocation(path: Path, dataset: RowDataset) -> tuple[Allocation, Vocabulary | None]:
+    """An allocation for other rows of the same columns, and the vocabulary that it was made with, if it has one.
+
+    Raises ValueError or FileNotFoundError where the columns are not those, or the vocabulary is not the one.
+    """
+    allocation = Allocation.load(path)
+    names = table_names(dataset.schema.categorical)
+    if {*names.values()} != {table.name for table in allocation.tables}:
+        raise ValueError(
+            f"{path} was made for tables {sorted(table.name for table in allocation.tables)}, the columns here give "
+            f"{sorted(names.values())}: give the columns that it was made from"
+        )
+    check_id_types(allocation.provenance.get("id_types", {}), dataset.id_types, path)
+    return allocation, load_vocabulary(path, allocation)
+
+
+def load_vocabulary(path: Path, allocation: Allocation) -> Vocabulary | None:
+    """The vocabulary whose rows an allocation allocates; None if it is of ids as they are, or does not say.
+
+    Args:
+        path: that it was read from.
+    Raises:
+        ValueError, FileNotFoundError: the vocabulary is another one, or not there.
+    """
+    expected = allocation.provenance.get("vocabulary")
+    if expected is None:
+        return None
+    beside = vocabulary_path(path)
+    if not beside.is_file():
+        raise FileNotFoundError(f"{path} needs {beside}, which was written with it: keep the two together")
+    vocabulary = Vocabulary.load(beside)
+    if vocabulary.fingerprint != expected:
+        raise ValueError(f"{beside} is not the vocabulary that {path} was made with: build them again")
+    return vocabulary
+
+
+def check_id_types(then: dict[str, str], now: dict[str, str], where: object) -> None:
+    """Raises ValueError where a column holds other ids than it did."""
+    for column, kind in then.items():
+        if now.get(column, kind) != kind:
+            raise ValueError(
+                f"column {column!r} had {kind} in the data of {where} and has {now[column]} now, in which equal ids "
+                "are not equal: give it in the type that it had"
+            )

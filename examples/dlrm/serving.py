@@ -16,10 +16,11 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_lma import Allocation
 from torchrec_lma.datasets import Vocabulary
-from torchrec_lma.options import make_tables, open_dataset
-from torchrec_lma.quant import ServableModel, load_checkpoint, request
+from torchrec_lma.features import to_int64
+from torchrec_lma.options import make_tables
+from torchrec_lma.quant import ServableModel, load_checkpoint
 
-SAMPLE_ROWS = 1000
+torch.fx.wrap("to_int64")  # it looks at the type, which a trace cannot
 
 
 def dlrm(checkpoint: Path, allocation: Allocation | None = None) -> ServableModel:
@@ -40,9 +41,6 @@ def dlrm(checkpoint: Path, allocation: Allocation | None = None) -> ServableMode
     cpu = torch.device("cpu")
     model = make_model(args, make_collection(tables, allocation, cpu), len(settings["numeric"]), cpu).model
     load_checkpoint(model, checkpoint, "model.model.")
-    sample = next(open_dataset(args).batches("test", batch_size=SAMPLE_ROWS), None)
-    if sample is None:
-        raise ValueError("the data has no test rows to check the exported model on; give --data with some")
     vocabulary = read_vocabulary(checkpoint)
     if vocabulary is not None:
         model = _WithRows(_VocabularyRows(vocabulary, categorical), model)
@@ -53,7 +51,10 @@ def dlrm(checkpoint: Path, allocation: Allocation | None = None) -> ServableMode
         float_features=list(settings["numeric"]),
         id_list_features=categorical,
         id_score_list_features=[],
-        sample=request(sample.dense_features, sample.sparse_features),
+        sample={
+            name: torch.tensor(values, dtype=torch.float32 if name == "float_features" else torch.int64)
+            for name, values in settings["sample"].items()
+        },
     )
 
 
@@ -97,9 +98,8 @@ class _HashedRows(nn.Module):
         self.num_embeddings = num_embeddings
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
-        return KeyedJaggedTensor(
-            keys=features.keys(), values=features.values() % self.num_embeddings, lengths=features.lengths()
-        )
+        ids = to_int64(features.values(), "the request")
+        return KeyedJaggedTensor(keys=features.keys(), values=ids % self.num_embeddings, lengths=features.lengths())
 
 
 class _VocabularyRows(nn.Module):
@@ -115,7 +115,7 @@ class _VocabularyRows(nn.Module):
         parts = features.split([1] * len(self.features))
         rows = []
         for i in range(len(self.features)):
-            known, ids = self.get_buffer(f"ids_{i}"), parts[i].values().long()
+            known, ids = self.get_buffer(f"ids_{i}"), to_int64(parts[i].values(), self.features[i])
             if not len(known):
                 rows.append(torch.zeros_like(ids))
                 continue

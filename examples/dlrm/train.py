@@ -1,11 +1,4 @@
-"""Train a DLRM with full or LMA-compressed tables through TorchRec.
-
-On one process:       python examples/dlrm/train.py --table lma --compression 16
-On two:               torchrun --nproc-per-node 2 examples/dlrm/train.py ...
-Through a scheduler:  torchx run --scheduler slurm torchx_components/lma.py:train -j 2x8 -- ...
-
-Runs on CUDA with NCCL where there is a GPU for each local rank, else on the CPU with gloo.
-"""
+"""Train a DLRM with full or LMA-compressed tables through TorchRec: `arguments.py` says how to call it."""
 
 import argparse
 import json
@@ -16,14 +9,13 @@ import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from checkpointing import Checkpoints, read_settings, read_vocabulary
+from arguments import EXIT_TERMINATED, parse_args
+from checkpointing import Checkpoints, read_settings
 from model import (
-    OPTIMIZERS,
     get_allocation,
     make_collection,
     make_model,
@@ -34,37 +26,15 @@ from model import (
     shard,
     train_tables_in_backward,
 )
+from start import find_start, keep_sample
 from torchrec.datasets.utils import Batch
-from torchrec.distributed.types import ShardingType
-from trainer import Progress, Terminated, Trainer, say
+from trainer import Diverged, Progress, Terminated, Trainer, format_auc, say
 
-from torchrec_lma.datasets import RowDataset, Vocabulary
-from torchrec_lma.options import (
-    add_data_options,
-    add_lma_options,
-    add_table_options,
-    count_embeddings,
-    make_tables,
-    make_vocabulary,
-    open_dataset,
-)
-
-EXIT_TERMINATED = 75  # EX_TEMPFAIL of sysexits.h: run it again
-# Arguments that may change when a run is resumed; the others decide what the model is or what it learns from. --data
-# may move, but must have as many rows.
-MAY_CHANGE = {
-    "allocation",
-    "checkpoint_dir",
-    "checkpoint_every",
-    "data",
-    "epochs",
-    "json",
-    "keep",
-    "max_steps",
-    "patience",
-    "resume",
-    "sharding_types",
-}
+from torchrec_lma.cli.errors import first_to_say
+from torchrec_lma.cli.outputs import check_folder, check_writable
+from torchrec_lma.datasets import RowDataset
+from torchrec_lma.files import replacing
+from torchrec_lma.options import make_tables, open_dataset
 
 # torchrec and torchmetrics call what newer torch versions deprecate; nothing a user of this script could change.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
@@ -72,98 +42,6 @@ warnings.filterwarnings("ignore", category=UserWarning, module="torchmetrics")
 # Their planner warns of every choice that it leaves out; where it has none left it raises an error that says so.
 for _name in ("torch.fx._symbolic_trace", "torchrec.distributed.planner", "torchrec.distributed.utils"):
     logging.getLogger(_name).setLevel(logging.ERROR)
-
-
-def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", choices=("lma", "full"), default="lma", help="kind of tables (default: %(default)s)")
-    add_data_options(parser)
-    add_table_options(parser)
-    add_lma_options(parser)
-    parser.add_argument_group("LMA").add_argument(
-        "--allocation", type=Path, metavar="FILE", help="from `torchrec-lma allocate`; without it one is built first"
-    )
-
-    model = parser.add_argument_group("model")
-    model.add_argument(
-        "--dense-layers", type=int, nargs="*", default=[64], metavar="WIDTH", help="before the last, dim"
-    )
-    model.add_argument(
-        "--over-layers", type=int, nargs="*", default=[128, 64], metavar="WIDTH", help="before the logit"
-    )
-
-    training = parser.add_argument_group("training")
-    training.add_argument("--batch-size", type=int, default=512, help="rows on each rank (default: %(default)s)")
-    training.add_argument("--epochs", type=int, default=1, help="at most (default: %(default)s)")
-    training.add_argument(
-        "--evaluations-per-epoch",
-        type=int,
-        default=3,
-        metavar="N",
-        help="how often the validation rows are scored (default: %(default)s)",
-    )
-    training.add_argument(
-        "--patience",
-        type=int,
-        default=3,
-        metavar="N",
-        help="stop after this many evaluations without a better validation AUC (default: %(default)s)",
-    )
-    training.add_argument(
-        "--optimizer", choices=OPTIMIZERS, default="rowwise-adagrad", help="of the tables (default: %(default)s)"
-    )
-    training.add_argument("--lr", type=float, default=0.05, help="of the tables (default: %(default)s)")
-    training.add_argument("--dense-lr", type=float, default=1e-3, help="of the layers, Adam (default: %(default)s)")
-    training.add_argument("--seed", type=int, default=0, help="of weights and shuffling (default: %(default)s)")
-
-    sharding = parser.add_argument_group("sharding")
-    sharding.add_argument(
-        "--sharding-types",
-        nargs="+",
-        metavar="TYPE",
-        choices=[sharding_type.value for sharding_type in ShardingType],
-        help="what the planner may choose from (default: all)",
-    )
-
-    run = parser.add_argument_group("run")
-    run.add_argument("--max-steps", type=int, metavar="N", help="stop after this many steps of all epochs")
-    run.add_argument("--json", type=Path, metavar="FILE", help="write a record of the run")
-
-    restart = parser.add_argument_group("restart (docs/restart.md)")
-    restart.add_argument(
-        "--checkpoint-dir",
-        type=Path,
-        metavar="DIR",
-        help="save after every evaluation, at the end, and at SIGTERM, which ends the run with status "
-        f"{EXIT_TERMINATED}; on a file system that all ranks share",
-    )
-    restart.add_argument("--checkpoint-every", type=int, metavar="N", help="also save after every N steps of an epoch")
-    restart.add_argument(
-        "--keep",
-        type=int,
-        default=2,
-        metavar="K",
-        help="newest checkpoints to keep, beside the best one (default: %(default)s)",
-    )
-    restart.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on from the newest whole checkpoint in --checkpoint-dir, if there is one; a restart by torchrun does "
-        "so without being told",
-    )
-    args = parser.parse_args(arguments)
-    for option in ("resume", "checkpoint_every"):
-        if getattr(args, option) and args.checkpoint_dir is None:
-            parser.error(f"--{option.replace('_', '-')} needs --checkpoint-dir")
-    if args.table == "full" and args.raw_ids:
-        parser.error(
-            "--raw-ids is of LMA tables; full tables take the ids of a vocabulary, or with --num-embeddings hashes"
-        )
-    for option in ("checkpoint_every", "evaluations_per_epoch", "keep", "max_steps", "patience"):
-        value = getattr(args, option)
-        if value is not None and value < 1:
-            parser.error(f"--{option.replace('_', '-')} {value} must be at least 1")
-    return args
 
 
 def init_distributed() -> torch.device:
@@ -208,52 +86,24 @@ def _backend() -> str:
     return "nccl" if _use_cuda() else "gloo"
 
 
-def check_settings(then: dict[str, Any], now: dict[str, Any], checkpoint: Path) -> None:
-    """Raises ValueError naming what differs where resuming would be training something else."""
-    changed = [
-        f"--{name.replace('_', '-')} was {then['arguments'][name]}, now {value}"
-        for name, value in now["arguments"].items()
-        if name not in MAY_CHANGE and name in then["arguments"] and then["arguments"][name] != value
-    ]
-    if then["train_rows"] != now["train_rows"]:
-        changed.append(f"--data had {then['train_rows']} rows to train on, now {now['train_rows']}")
-    if changed:
-        raise ValueError(f"cannot go on from {checkpoint} with other settings: {'; '.join(changed)}")
-
-
-def find_start(
-    args: argparse.Namespace, dataset: RowDataset, checkpoints: Checkpoints | None, device: torch.device
-) -> tuple[Path | None, dict[str, Any], Vocabulary | None]:
-    """The checkpoint to go on from, the settings of this run, and the vocabulary. Collective."""
-    arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    settings: dict[str, Any] = {
-        "arguments": arguments,
-        "train_rows": dataset.num_rows("train"),
-        "world_size": dist.get_world_size(),
-        "categorical": dataset.schema.categorical,
-        "numeric": dataset.schema.numeric,
-    }
-    resume_from = checkpoints.newest() if checkpoints is not None else None
-    if resume_from is None:
-        vocabulary = make_vocabulary(args, dataset)
-        counts = vocabulary.num_embeddings if vocabulary is not None else count_embeddings(args, dataset)
-        return None, settings | {"num_embeddings": counts}, vocabulary
-    if not (args.resume or _restarted(device)):
-        raise ValueError(f"{args.checkpoint_dir} holds {resume_from.name}; go on from it with --resume, or empty it")
-    trained = read_settings(resume_from)
-    check_settings(trained, settings, resume_from)
-    return resume_from, settings | {"num_embeddings": trained["num_embeddings"]}, read_vocabulary(resume_from)
+def open_data(args: argparse.Namespace) -> tuple[RowDataset, int]:
+    """The data, and how many steps an epoch has. Raises what is wrong with them now, and not after an epoch."""
+    dataset = open_dataset(args)
+    for split in ("validation", "test"):
+        dataset.num_rows(split)
+    return dataset, dataset.num_batches("train", args.batch_size, dist.get_world_size(), drop_last=True)
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
     device = init_distributed()
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    dataset = open_dataset(args)
-    for split in ("validation", "test"):
-        dataset.num_rows(split)  # raises now, and not after an epoch, if there is none
-    steps_per_epoch = dataset.num_batches("train", args.batch_size, world_size, drop_last=True)
+    if rank == 0:
+        check_outputs(args)
+    dataset, steps_per_epoch = open_data(args)
     checkpoints = Checkpoints(args.checkpoint_dir, args.keep) if args.checkpoint_dir is not None else None
-    resume_from, settings, vocabulary = find_start(args, dataset, checkpoints, device)
+    resume_from, settings, vocabulary = find_start(args, dataset, checkpoints, _restarted(device))
+    if checkpoints is not None:
+        settings["sample"] = keep_sample(dataset)
     prepare = make_prepare(args, vocabulary)
 
     tables = make_tables(args, settings["num_embeddings"])
@@ -303,7 +153,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     try:
         trainer.run()
     except Terminated:
-        say(f"SIGTERM: saved in {args.checkpoint_dir} at epoch {progress.epoch}, step {progress.step}")
+        say(f"stopped: saved in {args.checkpoint_dir} at epoch {progress.epoch}, step {progress.step}")
         dist.destroy_process_group()
         raise
 
@@ -319,29 +169,47 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         "evaluations": progress.evaluations,
         "best": progress.best,
     }
-    if progress.best is not None:
-        best = progress.best
-        say(
-            f"best after {best['steps']} steps: validation AUC {best['validation']['auc']:.4f}, test AUC "
-            f"{best['test']['auc']:.4f}, log-loss {best['test']['log_loss']:.4f}"
-        )
+    say_best(progress)
     if args.json is not None and rank == 0:
-        write_record(args.json, record)
+        with replacing(args.json) as temporary:
+            temporary.write_text(json.dumps(record, indent=1, allow_nan=False))
     dist.barrier()
     dist.destroy_process_group()
     return record
 
 
-def write_record(path: Path, record: dict[str, Any]) -> None:
-    """Writes it as JSON, under a temporary name first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(record, indent=1))
-    os.replace(temporary, path)
+def say_best(progress: Progress) -> None:
+    """What the run reached, where anything decides it."""
+    if progress.best is not None:
+        best = progress.best
+        say(
+            f"best after {best['steps']} steps: validation {format_auc(best['validation'])}, test "
+            f"{format_auc(best['test'])}, log-loss {best['test']['log_loss']:.4f}"
+        )
+    elif progress.evaluations:
+        say(f"no evaluation is the best one: validation {format_auc(progress.evaluations[-1]['validation'])}")
 
 
-if __name__ == "__main__":
+def check_outputs(args: argparse.Namespace) -> None:
+    """Raises OSError where what will be written cannot be: now, and not after an epoch."""
+    if args.checkpoint_dir is not None:
+        check_folder("--checkpoint-dir", args.checkpoint_dir)
+    if args.json is not None:
+        check_writable("--json", args.json)
+
+
+def run() -> int:
+    """The exit status: 1 if the run diverged, 2 if its input is at fault, which is said on stderr."""
     try:
         main(parse_args())
     except Terminated:
-        sys.exit(EXIT_TERMINATED)
+        return EXIT_TERMINATED
+    except (Diverged, ValueError, OSError) as error:
+        if first_to_say(str(error)):
+            print(f"train.py: {error}", file=sys.stderr, flush=True)
+        return 1 if isinstance(error, Diverged) else 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import math
+import os
 import signal
 import time
 from collections import deque
@@ -35,7 +36,7 @@ class Progress:
         steps: how many steps of all epochs are done.
         losses: since the last evaluation: the sum over steps of the loss's mean over ranks, and how many steps.
         evaluations: what each one found.
-        best: the one of them with the best validation AUC.
+        best: the one of them with the best validation AUC, where that is defined.
     """
 
     steps_per_epoch: int
@@ -61,7 +62,7 @@ class Progress:
 
 
 class Terminated(Exception):
-    """SIGTERM came and the run has been saved."""
+    """SIGTERM or Ctrl-C came and the run has been saved."""
 
 
 class Diverged(Exception):
@@ -100,20 +101,24 @@ class Trainer:
         self._epoch_batches: Iterator[Batch] | None = None
         self._terminate = False
         if save is not None:
-            signal.signal(signal.SIGTERM, self._on_sigterm)
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves SIGHUP
+                    signal.signal(number, self._on_signal)
 
-    def _on_sigterm(self, *_: Any) -> None:
+    def _on_signal(self, *_: Any) -> None:
         self._terminate = True  # the ranks agree about it after their step: see _over_ranks
+        if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun sends its ranks what the terminal sent them already
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # who presses Ctrl-C twice will not wait
 
     def run(self) -> None:
-        """Until the epochs, the steps or the patience are used up. Raises Terminated after SIGTERM, and Diverged."""
+        """Until the epochs, the steps or the patience are used up. Raises Terminated after a signal, and Diverged."""
         progress, args = self.progress, self.args
         while progress.epoch <= args.epochs and not self._out_of_patience():
             evaluate_at = progress.next_evaluation(args.evaluations_per_epoch)
             if progress.step < evaluate_at:
                 if self._steps_left() == 0:
                     return
-                self._train(min(evaluate_at - progress.step, self._steps_left()))
+                self._train(int(min(evaluate_at - progress.step, self._steps_left())))
             if progress.step >= evaluate_at:
                 self._evaluate_and_save()
             else:
@@ -169,7 +174,8 @@ class Trainer:
             "validation": self._evaluate("validation"),
         }
         best = progress.best
-        if best is None or entry["validation"]["auc"] > best["validation"]["auc"]:
+        auc = entry["validation"]["auc"]
+        if auc is not None and (best is None or auc > best["validation"]["auc"]):
             entry["test"] = self._evaluate("test")
             progress.best = entry
         progress.evaluations.append(entry)
@@ -178,17 +184,21 @@ class Trainer:
         say(
             f"epoch {progress.epoch}, step {progress.step} of {progress.steps_per_epoch}: "
             + (f"train loss {entry['train_loss']:.4f}, " if losses else "")
-            + f"validation AUC {entry['validation']['auc']:.4f}"
-            + (f", test AUC {entry['test']['auc']:.4f}" if "test" in entry else "")
+            + f"validation {format_auc(entry['validation'])}"
+            + (f", test {format_auc(entry['test'])}" if "test" in entry else "")
         )
         if progress.step >= progress.steps_per_epoch:
             progress.epoch, progress.step, progress.evaluated = progress.epoch + 1, 0, 0
             self._epoch_batches = None
         self._save()
 
-    def _evaluate(self, split: str) -> dict[str, float]:
-        """AUC and log-loss over the rows of all ranks."""
-        auc, log_loss = BinaryAUROC().to(self.device), MeanMetric().to(self.device)
+    def _evaluate(self, split: str) -> dict[str, float | None]:
+        """AUC and log-loss over the rows of all ranks, and the share of labels that are 1. Of one class there is no
+        AUC: None."""
+        auc, log_loss, positive = BinaryAUROC(), MeanMetric(), MeanMetric()
+        for metric in (auc, log_loss, positive):
+            metric.to(self.device)
+        positive.set_dtype(torch.float64)  # counts of float32 end at 2**24
         self.model.eval()
         for _, logits, labels in self._outputs(self.batches(split)):
             losses = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
@@ -196,10 +206,16 @@ class Trainer:
             self._check_finite(f"the {split} loss", loss_sum)
             auc.update(logits.sigmoid(), labels.int())
             log_loss.update(losses)
+            positive.update(labels)
             if terminate:
                 self._save_and_stop()
         self.model.train()
-        return {"auc": auc.compute().item(), "log_loss": log_loss.compute().item()}
+        share, area = positive.compute().item(), auc.compute().item()  # on every rank: they gather
+        return {
+            "auc": area if 0 < share < 1 else None,
+            "log_loss": log_loss.compute().item(),
+            "positive_share": share,
+        }
 
     def _outputs(self, batches: Iterator[Batch]) -> Iterator[tuple[Tensor, ...]]:
         while True:
@@ -209,12 +225,11 @@ class Trainer:
                 return
 
     def _save(self) -> None:
-        if self._save_checkpoint is None:
-            return
         # A step may ruin the weights and the next one find out. What is saved has to be good to go on from.
         (unusable,) = self._over_ranks(_has_non_finite(self.model))
         self._check_finite("a weight", math.nan if unusable else 0.0)
-        self._save_checkpoint(self.progress)
+        if self._save_checkpoint is not None:
+            self._save_checkpoint(self.progress)
 
     def _save_and_stop(self) -> NoReturn:
         self._save()
@@ -241,6 +256,13 @@ def _has_non_finite(model: DistributedModelParallel) -> bool:
             if part.is_floating_point() and not bool(part.isfinite().all()):
                 return True
     return False
+
+
+def format_auc(metrics: dict[str, float | None]) -> str:
+    """The AUC of an evaluation in words."""
+    if metrics["auc"] is None:
+        return f"AUC not defined (all labels are {metrics['positive_share']:.0f})"
+    return f"AUC {metrics['auc']:.4f}"
 
 
 def say(message: str) -> None:

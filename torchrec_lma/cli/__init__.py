@@ -4,6 +4,7 @@ import argparse
 import sys
 from importlib import import_module
 
+from torchrec_lma.cli.errors import first_to_say
 from torchrec_lma.requirements import install_line
 
 # Where each subcommand is: only the one that runs is imported, so that none waits for what another needs.
@@ -33,6 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"torchrec-lma {args.command}: {error}: {install}", file=sys.stderr)
         return 2
     except (ValueError, OSError) as error:
-        print(f"torchrec-lma {args.command}: {error}", file=sys.stderr)
+        if first_to_say(str(error)):
+            print(f"torchrec-lma {args.command}: {error}", file=sys.stderr)
         return 2
     return 0

@@ -5,7 +5,6 @@ import math
 import os
 import signal
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -18,6 +17,7 @@ from tqdm import tqdm
 
 from torchrec_lma.allocation import Allocation
 from torchrec_lma.allocation.reduction import noticing_lost_workers, reduce_builders, reduce_to_first
+from torchrec_lma.cli.outputs import check_writable
 from torchrec_lma.datasets import RowDataset, Vocabulary
 from torchrec_lma.options import (
     add_data_options,
@@ -28,6 +28,10 @@ from torchrec_lma.options import (
     make_tables,
     make_vocabulary,
     open_dataset,
+    positive,
+    positive_number,
+    save_allocation,
+    vocabulary_path,
 )
 
 
@@ -40,11 +44,17 @@ def add_allocate(commands: Any) -> None:
         "there are.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to write the allocation")
-    parser.add_argument("--batch-size", type=int, default=8192, help="rows read at a time (default: %(default)s)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="where to write the allocation; its vocabulary goes beside it, with the ending .vocabulary.safetensors",
+    )
+    parser.add_argument("--batch-size", type=positive, default=8192, help="rows read at a time (default: %(default)s)")
     parser.add_argument(
         "--timeout",
-        type=float,
+        type=positive_number,
         default=1800,
         metavar="SECONDS",
         help="how long workers wait for each other (default: %(default)s)",
@@ -69,7 +79,8 @@ def run_allocate(args: argparse.Namespace) -> None:
 
 def _allocate(args: argparse.Namespace, rank: int, world_size: int) -> None:
     if rank == 0:
-        _check_writable(args.out)
+        check_writable("--out", args.out)
+        check_writable("--out", vocabulary_path(args.out))
     dataset = open_dataset(args, needs_label=False)
     vocabulary, num_embeddings = _vocabulary(args, dataset, rank, world_size)
     builder = make_builder(args, make_tables(args, num_embeddings))
@@ -85,22 +96,8 @@ def _allocate(args: argparse.Namespace, rank: int, world_size: int) -> None:
     allocation = builder.build()
     with _ending_on_sigterm():
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        allocation.save(args.out)
+        allocation = save_allocation(args.out, allocation, dataset, vocabulary)
     _print(allocation, args.out)
-
-
-def _check_writable(path: Path) -> None:
-    """Raises OSError if a file cannot be written at `path`: before the pass over the data, and leaving nothing there.
-
-    Folders that are missing are made when the file is written.
-    """
-    if path.is_dir():
-        raise IsADirectoryError(f"--out {path} is a directory: give the name of a file to write in it")
-    folder = next(folder for folder in path.absolute().parents if folder.exists())
-    try:
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise OSError(f"--out {path} cannot be written: {folder} takes no file ({error.strerror})") from error
 
 
 @contextmanager

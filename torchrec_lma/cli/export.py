@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 
 from torchrec_lma.allocation import Allocation
+from torchrec_lma.cli.outputs import check_writable
+from torchrec_lma.options import positive_number
 from torchrec_lma.quant.export import DEVICES, TOLERANCES, CheckFailed, export, load_factory
 from torchrec_lma.quant.transforms import DTYPES
 
@@ -28,7 +30,7 @@ def add_export(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--allocation", type=Path, metavar="FILE", help="where the checkpoint does not hold its own")
     parser.add_argument(
         "--tolerance",
-        type=float,
+        type=positive_number,
         metavar="DIFFERENCE",
         help=f"of probabilities from the float model's (default: by dtype, {TOLERANCES})",
     )
@@ -37,6 +39,7 @@ def add_export(commands: argparse._SubParsersAction) -> None:
 
 
 def run_export(args: argparse.Namespace) -> None:
+    check_writable("--out", args.out)
     factory = load_factory(args.model)
     if not args.checkpoint.is_dir():
         raise FileNotFoundError(f"--checkpoint {args.checkpoint} is not a folder")

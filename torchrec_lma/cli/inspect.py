@@ -14,7 +14,7 @@ from torchrec_lma.datasets import RowDataset, Vocabulary, encode_ids
 from torchrec_lma.inspection import ObservedIds, inspect
 from torchrec_lma.inspection.measure import check_table, source_of
 from torchrec_lma.inspection.observed import MAX_ROWS
-from torchrec_lma.options import add_data_options, open_dataset
+from torchrec_lma.options import add_data_options, check_id_types, load_vocabulary, open_dataset, positive, table_names
 
 
 def add_inspect(commands: Any) -> None:
@@ -34,7 +34,7 @@ def add_inspect(commands: Any) -> None:
         help="list the rows of this id and the ids that share one; a value as in the data; may be given several times; "
         "needs --data",
     )
-    parser.add_argument("--top", type=int, default=10, metavar="N", help="how many of them (default: %(default)s)")
+    parser.add_argument("--top", type=positive, default=10, metavar="N", help="how many of them (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     add_data_options(parser, default=None, needs_label=False)
     parser.set_defaults(run=run_inspect)
@@ -50,7 +50,10 @@ def run_inspect(args: argparse.Namespace) -> None:
     if args.data is not None:
         dataset = open_dataset(argparse.Namespace(**(vars(args) | {"numeric": []})), needs_label=False)
         table_of_column = _tables_of_columns(allocation, dataset)
-        vocabulary = _vocabulary(allocation, dataset, table_of_column)
+        check_id_types(allocation.provenance.get("id_types", {}), dataset.id_types, args.allocation)
+        vocabulary = load_vocabulary(args.allocation, allocation)
+        if vocabulary is None:
+            vocabulary = _vocabulary(allocation, dataset, table_of_column)
         observed = _observe(allocation, dataset, table_of_column, vocabulary)
         column_of = {table: column for column, table in table_of_column.items()}
     ids = []
@@ -85,11 +88,12 @@ def _id(table: str, value: str, data_format: str) -> int:
 
 
 def _tables_of_columns(allocation: Allocation, dataset: RowDataset) -> dict[str, str]:
-    """A table is fed by the column of its own name, or without the `t_`."""
+    """A table is fed by the column of its own name, or by the one that the commands name it for."""
     columns = dataset.schema.categorical
+    names = table_names(columns)
     table_of_column = {}
     for spec in allocation.tables:
-        found = [column for column in (spec.name, spec.name.removeprefix("t_")) if column in columns]
+        found = [column for column in columns if spec.name in (column, names[column])]
         if not found:
             raise ValueError(
                 f"table {spec.name!r} of the allocation has no column in the data, which has {', '.join(columns)}; "

@@ -2,15 +2,15 @@
 
 import argparse
 import contextlib
-import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
 
+import numpy as np
 import torch
 
-from torchrec_lma.options import add_data_options, open_dataset
+from torchrec_lma.cli.outputs import check_writable
+from torchrec_lma.files import replacing
+from torchrec_lma.options import add_data_options, open_dataset, positive, positive_number
 
 
 def add_predict(commands: argparse._SubParsersAction) -> None:
@@ -27,8 +27,8 @@ def add_predict(commands: argparse._SubParsersAction) -> None:
         default="all",
         help="which rows (default: %(default)s)",
     )
-    predict.add_argument("--limit", type=int, metavar="N", help="only the first N of them")
-    predict.add_argument("--batch-size", type=int, default=512, help="rows of a request (default: %(default)s)")
+    predict.add_argument("--limit", type=positive, metavar="N", help="only the first N of them")
+    predict.add_argument("--batch-size", type=positive, default=512, help="rows of a request (default: %(default)s)")
     predict.add_argument("--out", type=Path, metavar="FILE", help="write the probabilities there instead of printing")
     predict.add_argument("--auc", action="store_true", help="compare with the labels; printed on stderr")
     predict.add_argument(
@@ -39,7 +39,9 @@ def add_predict(commands: argparse._SubParsersAction) -> None:
         "takes both (default: %(default)s)",
     )
     predict.add_argument("--any-features", action="store_true", help="do not compare feature names with the model's")
-    predict.add_argument("--timeout-seconds", type=float, default=10.0, metavar="S", help="default: %(default)s")
+    predict.add_argument(
+        "--timeout-seconds", type=positive_number, default=10.0, metavar="S", help="default: %(default)s"
+    )
     predict.add_argument("--tls-ca", type=Path, metavar="PEM", help="what signed the server's certificate; means TLS")
     predict.add_argument("--tls-cert", type=Path, metavar="PEM", help="this client's certificate")
     predict.add_argument("--tls-key", type=Path, metavar="PEM", help="key of --tls-cert")
@@ -53,8 +55,8 @@ def run_predict(args: argparse.Namespace) -> None:
 
     from torchrec_lma.serving.client import PredictionClient
 
-    if args.limit is not None and args.limit < 1:
-        raise ValueError(f"--limit {args.limit} must be at least 1")
+    if args.out is not None:
+        check_writable("--out", args.out)
     dataset = open_dataset(args, needs_label=args.auc)
     names = None if args.any_features else dataset.schema.numeric
     auc, left = BinaryAUROC(), args.limit
@@ -62,8 +64,10 @@ def run_predict(args: argparse.Namespace) -> None:
         client = stack.enter_context(
             PredictionClient(args.address, args.id_type, args.timeout_seconds, args.tls_ca, args.tls_cert, args.tls_key)
         )
-        out = stack.enter_context(_replacing(args.out)) if args.out is not None else sys.stdout
-        first = 0
+        out = sys.stdout
+        if args.out is not None:
+            out = stack.enter_context(stack.enter_context(replacing(args.out)).open("w"))
+        first = positives = 0
         for batch in dataset.batches(args.rows, batch_size=args.batch_size):
             try:
                 probabilities = client.predict(batch.dense_features, batch.sparse_features, float_names=names)
@@ -72,25 +76,21 @@ def run_predict(args: argparse.Namespace) -> None:
             except ValueError as error:
                 raise ValueError(f"in the batch that starts at row {first}: {error}") from error
             probabilities = probabilities[:left]
+            if not np.isfinite(probabilities).all():
+                row = first + int(np.flatnonzero(~np.isfinite(probabilities))[0])
+                raise ValueError(f"{args.address} answered row {row} with a NaN or infinity: its model has diverged")
             out.writelines(f"{probability:.6f}\n" for probability in probabilities)
             if args.auc:
-                auc.update(torch.from_numpy(probabilities), batch.labels[: len(probabilities)].int())
+                labels = batch.labels[: len(probabilities)].int()
+                auc.update(torch.from_numpy(probabilities), labels)
+                positives += int(labels.sum())
             first += len(probabilities)
             if left is not None:
                 left -= len(probabilities)
                 if not left:
                     break
     if args.auc:
-        print(f"AUC {auc.compute().item():.6f} over {first:,} rows", file=sys.stderr)
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[TextIO]:
-    """A text file that takes the name `path` when it is complete."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("w") as file:
-            yield file
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        value = f"{auc.compute().item():.6f}"
+        if positives in (0, first):  # torchmetrics says 0
+            value = f"is not defined: all labels are {int(positives > 0)}"
+        print(f"AUC {value} over {first:,} rows", file=sys.stderr)
