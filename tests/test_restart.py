@@ -615,7 +615,7 @@ def test_sigterm_at_torchrun_saves_and_the_resumed_run_ends_in_the_same_bits(
     newest = Checkpoints(tmp_path / "run").paths()[-1]
     saved = json.loads((newest / "progress.json").read_text())
     assert saved["steps"] >= fault.step and newest.name == f"step-{saved['steps']:08d}"
-    assert f"SIGTERM: saved in {tmp_path / 'run'} at epoch {saved['epoch']}, step {saved['step']}" in done.stdout
+    assert f"stopped: saved in {tmp_path / 'run'} at epoch {saved['epoch']}, step {saved['step']}" in done.stdout
     done = start(clicks, tmp_path / "run", "--resume")
     assert done.returncode == 0, done.stderr[-3000:]
     assert_ended_alike(tmp_path / "run", undisturbed)
