@@ -3,6 +3,7 @@
 The slow tests run the DLRM example under torchrun on two gloo ranks and send real signals to it.
 """
 
+import argparse
 import importlib
 import itertools
 import json
@@ -31,12 +32,14 @@ from torch import nn
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 
 import torchx_components.lma as lma
-from torchrec_lma.datasets import Vocabulary
+from torchrec_lma.datasets import ParquetDataset, Schema, Split, Vocabulary
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "benchmarks"))
 tensors = importlib.import_module("soak").tensors
 checkpointing = importlib.import_module("checkpointing")  # faulty_train has put their folder on the path
 model = importlib.import_module("model")
+arguments = importlib.import_module("arguments")
+start_of_run = importlib.import_module("start")
 train = importlib.import_module("train")
 trainer = importlib.import_module("trainer")
 Checkpoints = checkpointing.Checkpoints
@@ -364,12 +367,62 @@ def test_a_checkpoint_is_no_folder_of_checkpoints(tmp_path: Path, prefix: str, w
 
 
 def test_other_settings_are_refused_by_name() -> None:
-    then = {"arguments": {"dim": 8, "lr": 0.1, "epochs": 1, "data": "a"}, "train_rows": 80}
-    now = {"arguments": {"dim": 8, "lr": 0.1, "epochs": 2, "data": "b", "new_option": 1}, "train_rows": 80}
-    train.check_settings(then, now, Path("step-00000001"))
+    data = {"train_rows": 80, "rows_digest": "1", "id_types": {}}
+    then = {"arguments": {"dim": 8, "lr": 0.1, "epochs": 1, "data": "a"}, **data}
+    now = {"arguments": {"dim": 8, "lr": 0.1, "epochs": 2, "data": "b", "new_option": 1}, **data}
+    start_of_run.check_settings(then, now, Path("step-00000001"))
+    with pytest.raises(ValueError, match="--data had other rows than b has"):
+        start_of_run.check_settings(then, now | {"rows_digest": "2"}, Path("step-00000001"))
     now["arguments"]["lr"], now["arguments"]["dim"], now["train_rows"] = 0.2, 16, 90
     with pytest.raises(ValueError, match=r"--dim was 8, now 16; --lr was 0.1, now 0.2; --data had 80 rows .* now 90"):
-        train.check_settings(then, now, Path("step-00000001"))
+        start_of_run.check_settings(then, now, Path("step-00000001"))
+
+
+@pytest.mark.parametrize("row", [0, 799, 1400, 1999])
+@pytest.mark.parametrize("column", ["click", "user", "price"])
+def test_other_rows_of_the_same_number_are_told(tmp_path: Path, row: int, column: str) -> None:
+    frame = pd.DataFrame({"click": [0, 1] * 1000, "user": range(2000), "price": np.linspace(0, 1, 2000)})
+
+    def digest(name: str) -> str:
+        frame.to_parquet(tmp_path / name)
+        schema = Schema(categorical=("user",), numeric=("price",), label="click")
+        return start_of_run.digest_of_rows(ParquetDataset(tmp_path / name, schema, Split()))
+
+    before = digest("a.parquet")
+    assert digest("moved.parquet") == before
+    frame.loc[row, column] = 1 - frame.loc[row, column]
+    assert digest("a.parquet") != before
+
+
+def options_of_run(folder: Path, *options: str) -> argparse.Namespace:
+    columns = ["--data", "-", "--label", "click", "--categorical", "user"]
+    return arguments.parse_args([*columns, "--checkpoint-dir", str(folder), *options])
+
+
+def test_a_run_that_cannot_be_resumed_is_not_started(tmp_path: Path) -> None:
+    def problem(folder: Path) -> str:
+        with pytest.raises(ValueError, match="--resume|checkpoint") as refused:
+            start_of_run.open_checkpoints(options_of_run(folder, "--resume"), restarted=False)
+        return str(refused.value)
+
+    Small(0).save(Checkpoints(tmp_path / "runs" / "mine"), 5)
+    (tmp_path / "killed" / ".writing-step-00000005-89abcdef").mkdir(parents=True)
+    assert f"--resume: {tmp_path}/slip does not exist. Leave --resume out" in problem(tmp_path / "slip")
+    assert not (tmp_path / "slip").exists()
+    assert f"--resume: {tmp_path}/killed holds no checkpoint. Leave" in problem(tmp_path / "killed")
+    assert f"holds no checkpoint; there are some in {tmp_path}/runs/mine. Leave" in problem(tmp_path / "runs")
+    assert f"give the folder of the run, {tmp_path}/runs/mine" in problem(tmp_path / "runs" / "mine" / "step-00000005")
+
+
+def test_a_run_is_resumed_or_started_as_it_is_told(tmp_path: Path) -> None:
+    Small(0).save(Checkpoints(tmp_path / "run"), 5)
+    for options, restarted in ((["--resume"], False), (["--resume", "auto"], False), ([], True), ([], False)):
+        assert start_of_run.open_checkpoints(options_of_run(tmp_path / "run", *options), restarted).newest() is not None
+        if options != ["--resume"]:
+            found = start_of_run.open_checkpoints(options_of_run(tmp_path / "new", *options), restarted)
+            assert found.newest() is None
+    # A first attempt, which found something, may have died before it saved anything new.
+    assert start_of_run.open_checkpoints(options_of_run(tmp_path / "new", "--resume"), restarted=True).newest() is None
 
 
 def test_another_world_size_goes_on_at_the_same_share_of_the_epoch() -> None:
@@ -635,7 +688,7 @@ def test_other_tables_and_optimizers_resume_to_the_same_bits(
     clicks: Path, tmp_path: Path, options: tuple[str, ...]
 ) -> None:
     for folder, steps in (("whole", "60"), ("run", "33"), ("run", "60")):
-        done = start(clicks, tmp_path / folder, *options, "--resume", "--max-steps", steps, ranks=1)
+        done = start(clicks, tmp_path / folder, *options, "--resume", "auto", "--max-steps", steps, ranks=1)
         assert done.returncode == 0, done.stderr[-3000:]
     assert_ended_alike(tmp_path / "run", tmp_path / "whole", "step-00000060")
 
@@ -653,7 +706,7 @@ def test_a_run_whose_weights_are_ruined_stops_and_leaves_the_checkpoint_before(c
 def test_checkpoints_of_more_ranks_follow_those_of_fewer(clicks: Path, tmp_path: Path) -> None:
     # 30 of 40 steps are 15 of 20: the checkpoints of two ranks must still come after that of one.
     for ranks, steps in ((1, "30"), (2, "32"), (2, "34")):
-        done = start(clicks, tmp_path / "run", "--resume", "--keep", "1", "--max-steps", steps, ranks=ranks)
+        done = start(clicks, tmp_path / "run", "--resume", "auto", "--keep", "1", "--max-steps", steps, ranks=ranks)
         assert done.returncode == 0, done.stderr[-3000:]
         assert names(tmp_path / "run")[-1] == f"step-000000{steps}"
     assert "step-00000032: epoch 1, step 17 of 20" in done.stdout
@@ -678,13 +731,3 @@ def test_a_run_resumes_on_another_number_of_ranks(
     assert record["evaluations"][0] == there[0]
     # Not the same batches any more, but it goes on learning from where it was.
     assert record["evaluations"][-1]["train_loss"] < there[0]["train_loss"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["sgd", "rowwise-adagrad"])
-def test_full_tables_that_some_ranks_hold_no_part_of_resume(clicks: Path, tmp_path: Path, optimizer: str) -> None:
-    options = ["--table", "full", "--optimizer", optimizer, "--sharding-types", "table_wise"]
-    for ranks, steps in ((2, "4"), (2, "6"), (3, "8")):
-        done = start(clicks, tmp_path / "run", *options, "--resume", "--max-steps", steps, ranks=ranks)
-        assert done.returncode == 0, done.stderr[-3000:]
-    assert (tmp_path / "run" / "step-00000008").exists()

@@ -43,7 +43,7 @@ class Checkpoints:
     `.writing-<name>-<random>` and renamed, so what has a checkpoint's name was complete once; the manifest tells
     whether it still is.
 
-    One run writes in a folder: `newest` and `save` lock it, and it stays locked while this object lives.
+    One run writes in a folder: it is locked, by `newest` and `save` too, while this object lives.
 
     Args:
         folder: on a file system that all ranks share.
@@ -67,6 +67,11 @@ class Checkpoints:
         found = ((_NAME.fullmatch(path.name), path) for path in self.folder.glob("step-*"))
         return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
 
+    def exist(self) -> bool:
+        """Whether there is any, whole or damaged; what a killed save left is none."""
+        found = (path for path in self.folder.glob("*step-*") if not path.name.startswith(_WRITING))
+        return any(is_checkpoint(path) for path in found)
+
     def path(self, steps: int) -> Path:
         """The checkpoint after so many steps, whether or not there is one."""
         return self.folder / f"step-{steps:08d}"
@@ -80,7 +85,7 @@ class Checkpoints:
             ValueError: there are damaged checkpoints and no whole one.
             FolderInUse: another run writes in the folder.
         """
-        self._own_folder()
+        self.lock()
         if _rank() == 0:
             for old in self.folder.glob(f"{_REPLACED}*"):
                 if (final := old.with_name(old.name.removeprefix(_REPLACED))).exists():
@@ -123,7 +128,7 @@ class Checkpoints:
             vocabulary: `read_vocabulary` gives it back.
             best: the checkpoint after so many steps is kept, however old: it is the one to use.
         """
-        self._own_folder()
+        self.lock()
         final = self.path(steps)
         # A name that no rank of a dead run knows: one that still lives must not write into this checkpoint.
         writing = self.folder / _from_rank_0(f"{_WRITING}{final.name}-{secrets.token_hex(4)}")
@@ -169,8 +174,8 @@ class Checkpoints:
         if _rank() == 0:
             _write_json(folder / MANIFEST, {"sha256": digests})
 
-    def _own_folder(self) -> None:
-        """Locks the folder. Collective."""
+    def lock(self) -> None:
+        """Lets no other run write in the folder while this object lives. Collective. Raises FolderInUse as `newest`."""
         problem: OSError | None = None
         if _rank() == 0:
             try:

@@ -13,6 +13,7 @@ from torchrec_lma.options import check_id_types, count_embeddings, load_allocati
 from torchrec_lma.quant import request
 
 SAMPLE_ROWS = 200  # that a checkpoint keeps
+COMPARED_ROWS = 10_000  # at each of four places, when a run is resumed
 # Arguments that may change when a run is resumed; the others decide what the model is or what it learns from. --data
 # may move, but must have the same rows.
 MAY_CHANGE = {
@@ -63,13 +64,8 @@ def find_start(
         "numeric": dataset.schema.numeric,
         "id_types": dataset.id_types,
     }
-    required = args.resume == "required" and not restarted
-    if required and not args.checkpoint_dir.exists():
-        raise ValueError(nothing_to_resume(args.checkpoint_dir))  # and make no folder of a name that may be a slip
     resume_from = checkpoints.newest() if checkpoints is not None else None
     if resume_from is None:
-        if required:
-            raise ValueError(nothing_to_resume(args.checkpoint_dir))
         counts, vocabulary = count_and_number_ids(args, dataset)
         return None, settings | {"num_embeddings": counts}, vocabulary
     if not (args.resume or restarted):
@@ -79,21 +75,33 @@ def find_start(
     return resume_from, settings | {"num_embeddings": trained["num_embeddings"]}, read_vocabulary(resume_from)
 
 
-def nothing_to_resume(folder: Path) -> str:
-    """What to say of a folder without checkpoints, which may be the folder of a run's folder."""
-    runs = sorted({str(path.parent) for path in folder.glob("*/step-*") if is_checkpoint(path)})
-    found = f"; there are some in {', '.join(runs)}" if runs else ""
-    return (
-        f"--resume: {folder} {'holds no checkpoint' if folder.exists() else 'does not exist'}{found}. Leave --resume "
-        "out to start, or give --resume auto to start where there is none"
-    )
+def open_checkpoints(args: argparse.Namespace, restarted: bool) -> Checkpoints | None:
+    """The checkpoints of this run, whose folder no other run writes in from here on. Collective.
+
+    Raises:
+        ValueError: --resume finds nothing there, or the folder is in a checkpoint.
+        OSError: another run writes there.
+    """
+    if args.checkpoint_dir is None:
+        return None
+    folder, checkpoints = args.checkpoint_dir, Checkpoints(args.checkpoint_dir, args.keep)
+    if args.resume == "required" and not restarted and not checkpoints.exist():
+        runs = sorted({str(path.parent) for path in folder.glob("*/step-*") if is_checkpoint(path)})
+        raise ValueError(
+            f"--resume: {folder} {'holds no checkpoint' if folder.exists() else 'does not exist'}"
+            + (f"; there are some in {', '.join(runs)}" if runs else "")
+            + ". Leave --resume out to start, or give --resume auto to start where there is none"
+        )
+    checkpoints.lock()
+    return checkpoints
 
 
 def digest_of_rows(dataset: RowDataset) -> str:
-    """SHA-256, in hex, of some rows of each split: other data of the same size is told by them."""
+    """SHA-256, in hex, of the first rows of each split, and of those in the middle of the training rows: other data of
+    the same size is told by them, without a pass over all of it."""
     digest = hashlib.sha256()
     for split, part, parts in (("train", 0, 2), ("train", 1, 2), ("validation", 0, 1), ("test", 0, 1)):
-        batch = next(dataset.batches(split, batch_size=SAMPLE_ROWS, rank=part, world_size=parts))
+        batch = next(dataset.batches(split, batch_size=COMPARED_ROWS, rank=part, world_size=parts))
         ids = batch.sparse_features
         for values in (batch.labels, batch.dense_features, ids.lengths(), ids.values()):
             digest.update(values.contiguous().numpy().data)

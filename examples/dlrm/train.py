@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from arguments import EXIT_TERMINATED, parse_args
-from checkpointing import Checkpoints, read_settings
+from checkpointing import read_settings
 from model import (
     get_allocation,
     make_collection,
@@ -26,7 +26,7 @@ from model import (
     shard,
     train_tables_in_backward,
 )
-from start import find_start, keep_sample
+from start import find_start, keep_sample, open_checkpoints
 from torchrec.datasets.utils import Batch
 from trainer import Diverged, Progress, Terminated, Trainer, format_auc, say
 
@@ -99,9 +99,10 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if rank == 0:
         check_outputs(args)
+    restarted = _restarted(device)
+    checkpoints = open_checkpoints(args, restarted)
     dataset, steps_per_epoch = open_data(args)
-    checkpoints = Checkpoints(args.checkpoint_dir, args.keep) if args.checkpoint_dir is not None else None
-    resume_from, settings, vocabulary = find_start(args, dataset, checkpoints, _restarted(device))
+    resume_from, settings, vocabulary = find_start(args, dataset, checkpoints, restarted)
     if checkpoints is not None:
         settings["sample"] = keep_sample(dataset)
     prepare = make_prepare(args, vocabulary)
