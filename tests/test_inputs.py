@@ -272,6 +272,100 @@ def test_keys_that_would_stand_twice_are_refused() -> None:
         AllocationBuilder(tables, LMAConfig(compression=2))
 
 
+# Answers of a server
+
+
+class Server:
+    """In place of a PredictionClient: answers row r with r / 10, and row `nan_at` with NaN."""
+
+    said: dict[str, Any]
+
+    def __init__(self, nan_at: int = -1) -> None:
+        self.nan_at, self.rows = nan_at, 0
+
+    def __enter__(self) -> "Server":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def predict(self, floats: torch.Tensor, ids: object, **said: Any) -> np.ndarray:
+        rows = np.arange(self.rows, self.rows + len(floats))
+        self.rows += len(floats)
+        self.said = said
+        return np.where(rows == self.nan_at, np.nan, rows / 10).astype(np.float32)
+
+
+def predict(
+    server: Server, data: Path, monkeypatch: pytest.MonkeyPatch, labels: list[int], *options: str | Path
+) -> int:
+    frame = pd.DataFrame({"click": labels, "user": range(len(labels)), "item": [str(i) for i in range(len(labels))]})
+    frame.to_parquet(data)
+    monkeypatch.setattr("torchrec_lma.serving.client.PredictionClient", lambda *_: server)
+    command = ["predict", "--data", data, "--label", "click", "--categorical", "user", "item", "--batch-size", "4"]
+    return torchrec_lma([*map(str, command), *map(str, options)])
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        ([0] * 10, "AUC is not defined: all labels are 0 over 10 rows"),
+        ([1] * 10, "AUC is not defined: all labels are 1 over 10 rows"),
+        ([0] * 9 + [1], "AUC 1.000000 over 10 rows"),
+    ],
+)
+def test_an_auc_of_one_class_is_said_to_be_none(
+    labels: list[int], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = Server()
+    assert predict(server, tmp_path / "a.parquet", monkeypatch, labels, "--auc") == 0
+    out, err = capsys.readouterr()
+    assert said in err
+    assert out.split() == [f"{row / 10:.6f}" for row in [*range(10)]]
+    assert server.said == {"float_names": (), "string_features": ["item"]}
+
+
+def test_predictions_that_are_no_numbers_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = tmp_path / "a.parquet", tmp_path / "out"
+    assert predict(Server(nan_at=6), data, monkeypatch, [0] * 10, "--out", out) == 2
+    assert "answered row 6 with nan, no number" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [data]
+    assert predict(Server(nan_at=6), data, monkeypatch, [0] * 10, "--out", out, "--limit", "4") == 0
+    assert out.read_text().split() == ["0.000000", "0.100000", "0.200000", "0.300000"]
+
+
+def test_loopback_connections_go_through_no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    import grpc
+
+    from torchrec_lma.serving.client import PredictionClient
+
+    options: dict[str, dict[str, Any]] = {}
+    channel = type("Channel", (), {"unary_unary": lambda *_, **__: None})()
+
+    def make(address: str, given: list[tuple[str, Any]]) -> object:
+        options[address] = dict(given)
+        return channel
+
+    monkeypatch.setattr(grpc, "insecure_channel", make)
+    loopback = ["127.0.0.1:1", "localhost:1", "[::1]:1", "127.1.2.3:1"]
+    for address in (*loopback, "models.example:1", "127.example:1", "10.0.0.1:1"):
+        PredictionClient(address)
+    assert [address for address, given in options.items() if given.get("grpc.enable_http_proxy") == 0] == loopback
+
+
+def test_ids_of_another_type_have_another_fingerprint() -> None:
+    from torchrec_lma.serving.contract import Contract, fingerprint_names
+
+    model = Contract(("age",), ("user", "item"), string_features=("item",))
+    assert Contract.from_json(model.to_json()).fingerprint == model.fingerprint
+    assert model.fingerprint == fingerprint_names(("age",), ("user", "item"), (), string_features=["item"])
+    others = [fingerprint_names(("age",), ("user", "item"), (), string_features=strings) for strings in ([], ["user"])]
+    assert model.fingerprint not in others and len(set(others)) == 2
+    assert others[0] == fingerprint_names(("age",), ("user", "item"), ())
+
+
 # Several ranks
 
 

@@ -3,14 +3,20 @@
 import argparse
 import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from torchrec_lma.cli.outputs import check_writable
+from torchrec_lma.datasets import RowDataset
 from torchrec_lma.files import replacing
 from torchrec_lma.options import add_data_options, open_dataset, positive, positive_number
+
+if TYPE_CHECKING:  # an extra
+    from torchrec_lma.serving.client import PredictionClient
 
 
 def add_predict(commands: argparse._SubParsersAction) -> None:
@@ -50,7 +56,6 @@ def add_predict(commands: argparse._SubParsersAction) -> None:
 
 
 def run_predict(args: argparse.Namespace) -> None:
-    import grpc
     from torchmetrics.classification import BinaryAUROC
 
     from torchrec_lma.serving.client import PredictionClient
@@ -58,8 +63,7 @@ def run_predict(args: argparse.Namespace) -> None:
     if args.out is not None:
         check_writable("--out", args.out)
     dataset = open_dataset(args, needs_label=args.auc)
-    names = None if args.any_features else dataset.schema.numeric
-    auc, left = BinaryAUROC(), args.limit
+    auc, rows, positives = BinaryAUROC(), 0, 0
     with contextlib.ExitStack() as stack:
         client = stack.enter_context(
             PredictionClient(args.address, args.id_type, args.timeout_seconds, args.tls_ca, args.tls_cert, args.tls_key)
@@ -67,30 +71,46 @@ def run_predict(args: argparse.Namespace) -> None:
         out = sys.stdout
         if args.out is not None:
             out = stack.enter_context(stack.enter_context(replacing(args.out)).open("w"))
-        first = positives = 0
-        for batch in dataset.batches(args.rows, batch_size=args.batch_size):
-            try:
-                probabilities = client.predict(batch.dense_features, batch.sparse_features, float_names=names)
-            except grpc.RpcError as error:
-                raise ValueError(f"{args.address}: {error.code().name}: {error.details()}") from error
-            except ValueError as error:
-                raise ValueError(f"in the batch that starts at row {first}: {error}") from error
-            probabilities = probabilities[:left]
-            if not np.isfinite(probabilities).all():
-                row = first + int(np.flatnonzero(~np.isfinite(probabilities))[0])
-                raise ValueError(f"{args.address} answered row {row} with a NaN or infinity: its model has diverged")
+        for probabilities, labels in _predictions(args, dataset, client):
             out.writelines(f"{probability:.6f}\n" for probability in probabilities)
+            rows += len(probabilities)
             if args.auc:
-                labels = batch.labels[: len(probabilities)].int()
-                auc.update(torch.from_numpy(probabilities), labels)
+                auc.update(torch.from_numpy(probabilities), labels.int())
                 positives += int(labels.sum())
-            first += len(probabilities)
-            if left is not None:
-                left -= len(probabilities)
-                if not left:
-                    break
     if args.auc:
         value = f"{auc.compute().item():.6f}"
-        if positives in (0, first):  # torchmetrics says 0
+        if positives in (0, rows):  # torchmetrics says 0
             value = f"is not defined: all labels are {int(positives > 0)}"
-        print(f"AUC {value} over {first:,} rows", file=sys.stderr)
+        print(f"AUC {value} over {rows:,} rows", file=sys.stderr)
+
+
+def _predictions(
+    args: argparse.Namespace, dataset: RowDataset, client: "PredictionClient"
+) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+    """Probabilities and labels of the asked rows, batch by batch. Raises ValueError saying which rows went wrong."""
+    import grpc
+
+    names = None if args.any_features else dataset.schema.numeric
+    strings = [column for column, kind in dataset.id_types.items() if kind == "strings"]
+    first = 0
+    for batch in dataset.batches(args.rows, batch_size=args.batch_size):
+        features = (batch.dense_features, batch.sparse_features)
+        try:
+            probabilities = client.predict(*features, float_names=names, string_features=strings)
+        except grpc.RpcError as error:
+            said = f"{args.address}: {error.code().name}: {error.details()}"
+            if "features are not those of the model" in said:
+                said += f"; here the ids of {', '.join(strings) or 'no column'} are strings, the others integers"
+            raise ValueError(said) from error
+        except ValueError as error:
+            raise ValueError(f"in the batch that starts at row {first}: {error}") from error
+        wrong = np.flatnonzero(~np.isfinite(probabilities))
+        if wrong.size:
+            raise ValueError(
+                f"{args.address} answered row {first + wrong[0]} with {probabilities[wrong[0]]}, no number"
+            )
+        left = None if args.limit is None else args.limit - first
+        yield probabilities[:left], batch.labels[:left]
+        first += len(probabilities)
+        if args.limit is not None and first >= args.limit:
+            return

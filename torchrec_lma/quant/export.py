@@ -56,6 +56,7 @@ class ServableModel:
             Returns logits [B] or [B, 1]. It must trace with `torchrec.fx.Tracer`: annotate KeyedJaggedTensor arguments.
         float_features, id_list_features, id_score_list_features: names in the order in which requests hold them.
         sample: real rows that the export is checked on, under the keys of `request`.
+        string_features: those whose ids are hashes of strings; clients then have to say the same.
     """
 
     model: nn.Module
@@ -63,6 +64,7 @@ class ServableModel:
     id_list_features: Sequence[str]
     id_score_list_features: Sequence[str]
     sample: dict[str, Tensor]
+    string_features: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -237,6 +239,7 @@ def export(
         tuple(servable.float_features),
         tuple(servable.id_list_features),
         tuple(servable.id_score_list_features),
+        tuple(servable.string_features),
         dtype=dtype,
         allocation_fingerprint=",".join(fingerprints),
     )

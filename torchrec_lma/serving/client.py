@@ -1,6 +1,7 @@
 """A client of the prediction service, for TorchRec batches; works with TorchRec's own server too."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -114,6 +115,8 @@ class PredictionClient:
         self._id_type = id_type
         self._timeout_seconds = timeout_seconds
         options = [("grpc.max_receive_message_length", -1)]
+        if re.fullmatch(r"(localhost|\[::1\]|127(\.\d+){3}):\d+", address):
+            options.append(("grpc.enable_http_proxy", 0))  # a proxy has a loopback of its own
         if root_certificate is not None:
             credentials = grpc.ssl_channel_credentials(
                 root_certificate.read_bytes(),
@@ -135,12 +138,14 @@ class PredictionClient:
         id_list_features: KeyedJaggedTensor,
         id_score_list_features: KeyedJaggedTensor | None = None,
         float_names: Sequence[str] | None = None,
+        string_features: Iterable[str] = (),
     ) -> np.ndarray:
         """float32 [B], the probabilities of B rows.
 
         Args: as `make_request`, and
             float_names: of the columns of float_features. With them the server checks that all features are the
                 model's, in its order; without them only their number is checked.
+            string_features: those whose ids are hashes of strings, which the server then checks too.
 
         Raises:
             ValueError: as `make_request`; or the server gave another number of predictions.
@@ -150,7 +155,8 @@ class PredictionClient:
         metadata = [(ID_TYPE_KEY, self._id_type)]
         if float_names is not None:
             scored = id_score_list_features.keys() if id_score_list_features is not None else ()
-            metadata.append((FEATURES_KEY, fingerprint_names(float_names, id_list_features.keys(), scored)))
+            names = (float_names, id_list_features.keys(), scored)
+            metadata.append((FEATURES_KEY, fingerprint_names(*names, string_features=string_features)))
         response = self._call(request, timeout=self._timeout_seconds, metadata=metadata)
         tasks = sorted(response.predictions)  # before the next line, which would make a "default" one
         predictions = np.array(response.predictions["default"].data, np.float32)

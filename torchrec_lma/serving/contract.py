@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +54,7 @@ class Contract:
 
     Args:
         float_features, id_list_features, id_score_list_features: as the keys of TorchRec's inference contract.
+        string_features: those of them whose ids are hashes of strings: the same ids as integers are other ids.
         named: whether these are the names of columns, or only numbers, because the model does not carry names.
         dtype, allocation_fingerprint: of the tables, for the log; empty where the model does not say.
 
@@ -64,6 +65,7 @@ class Contract:
     float_features: tuple[str, ...]
     id_list_features: tuple[str, ...]
     id_score_list_features: tuple[str, ...] = ()
+    string_features: tuple[str, ...] = ()
     named: bool = True
     dtype: str = ""
     allocation_fingerprint: str = ""
@@ -105,6 +107,7 @@ class Contract:
             floats,
             ids,
             scored,
+            tuple(map(str, fields.get("string_features") or ())),
             dtype=str(fields.get("dtype") or ""),
             allocation_fingerprint=str(fields.get("allocation_fingerprint") or ""),
         )
@@ -112,13 +115,18 @@ class Contract:
     def to_json(self) -> str:
         """The inverse of `from_json`."""
         fields: dict[str, Any] = {name: getattr(self, name) for name in NAME_FIELDS}
-        fields |= {"dtype": self.dtype, "allocation_fingerprint": self.allocation_fingerprint}
+        fields |= {
+            "string_features": self.string_features,
+            "dtype": self.dtype,
+            "allocation_fingerprint": self.allocation_fingerprint,
+        }
         return json.dumps({"format_version": FORMAT_VERSION, **fields})
 
     @property
     def fingerprint(self) -> str:
         """Of the names and their order, see `fingerprint_names`."""
-        return fingerprint_names(self.float_features, self.id_list_features, self.id_score_list_features)
+        names = (self.float_features, self.id_list_features, self.id_score_list_features)
+        return fingerprint_names(*names, string_features=self.string_features)
 
     def read(self, request: "PredictionRequest", id_type: str = "int32") -> Inputs:
         """The request's arrays, checked: sizes multiply out, lengths add up, floats are finite.
@@ -155,12 +163,15 @@ class Contract:
         )
 
 
-def fingerprint_names(*names: Sequence[str]) -> str:
-    """32 hex digits of the names of float, id-list and id-score-list features in their order.
+def fingerprint_names(*names: Sequence[str], string_features: Iterable[str] = ()) -> str:
+    """32 hex digits of the names of float, id-list and id-score-list features in their order, and of which of them the
+    ids are hashes of strings, in the order of names, where any are.
 
-    A client that knows names sends it; otherwise columns in another order would be scored without an error.
+    A client that knows names sends it; otherwise columns in another order, or ids that are integers here and strings
+    there, would be scored without an error.
     """
-    return hashlib.sha256(json.dumps([list(group) for group in names]).encode()).hexdigest()[:32]
+    groups = [list(group) for group in names] + [strings for strings in [sorted(string_features)] if strings]
+    return hashlib.sha256(json.dumps(groups).encode()).hexdigest()[:32]
 
 
 def _read_floats(field: str, message: "FloatFeatures", rows: int, names: Sequence[str]) -> np.ndarray:
