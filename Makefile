@@ -83,7 +83,7 @@ lint: venv
 	MYPYPATH=examples/dlrm:examples/benchmarks $(VENV)/bin/mypy $(UNCHECKED:%=--disable-error-code=%) tests
 
 docs: venv
-	$(VENV)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(IN_VENV) $(VENV)/bin/mkdocs build --strict --quiet
 
 clean:
 	rm -rf .venv .venv-torchrec* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
