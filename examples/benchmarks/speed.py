@@ -68,11 +68,12 @@ ROWS = 45_840_617
 
 @dataclass(frozen=True)
 class Workload:
-    """Tables of these sizes, whose ids occur by Zipf's law in an order of their own; `pooling` ids in each bag."""
+    """Tables of these sizes, whose ids occur by Zipf's law; `pooling` ids in each bag. `in_order`: by frequency."""
 
     sizes: tuple[int, ...]
     pooling: int
     batch_size: int
+    in_order: bool = False
 
     def tables(self, divide_by: float = 1.0) -> list[EmbeddingBagConfig]:
         return [
@@ -86,7 +87,9 @@ class Workload:
         ]
 
     def ids(self, table: int, rank: np.ndarray) -> np.ndarray:
-        """The ids of a table by their rank in frequency: frequent ids are not neighbours."""
+        """The ids of a table by their rank in frequency: unless they are in that order, frequent ids are no neighbours."""
+        if self.in_order:
+            return rank
         size = self.sizes[table]
         return (rank * _coprime(size) + 17 * table) % size
 
@@ -370,6 +373,7 @@ def main() -> None:
         "--widths", nargs="+", default=["default"], help="of LMA levels, such as 8,56; the default is that of LMAConfig"
     )
     parser.add_argument("--threads", type=int, help="of each rank (default: the cores, shared by the ranks)")
+    parser.add_argument("--in-order", action="store_true", help="vocabularies are sorted by frequency")
     parser.add_argument("--raw-ids", action="store_true", help="also LMA tables of raw ids")
     others = ["full", "hashing trick", "managed collision"]
     parser.add_argument(
@@ -387,7 +391,7 @@ def main() -> None:
     records = []
     for name in args.workload:
         for pooling in args.pooling:
-            workload = Workload(WORKLOADS[name], pooling, args.batch_size // (4 if pooling > 1 else 1))
+            workload = Workload(WORKLOADS[name], pooling, args.batch_size // (4 if pooling > 1 else 1), args.in_order)
             allocations = {}
             for data_type, widths, raw_ids in itertools.product(args.data_type, args.widths, {False, args.raw_ids}):
                 chosen = None if widths == "default" else tuple(map(int, widths.split(",")))
