@@ -87,7 +87,7 @@ class Workload:
         ]
 
     def ids(self, table: int, rank: np.ndarray) -> np.ndarray:
-        """The ids of a table by their rank in frequency: unless they are in that order, frequent ids are no neighbours."""
+        """The ids of a table by their rank in frequency: that, or an order in which frequent ids are no neighbours."""
         if self.in_order:
             return rank
         size = self.sizes[table]
