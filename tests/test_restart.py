@@ -542,8 +542,12 @@ def assert_ended_alike(folder: Path, undisturbed: Path, checkpoint: str = "step-
     assert records[0]["evaluations"] == records[1]["evaluations"]  # losses and AUCs to the last digit
 
 
-def test_sigterm_saves_and_says_run_me_again(clicks: Path, tmp_path: Path) -> None:
-    fault = Fault(signal.SIGTERM, rank=0, step=7, done=str(tmp_path / "done"))
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, *(pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGINT, signal.SIGHUP))],
+)
+def test_a_signal_saves_and_says_run_me_again(clicks: Path, tmp_path: Path, number: signal.Signals) -> None:
+    fault = Fault(number, rank=0, step=7, done=str(tmp_path / "done"))
     done = start(clicks, tmp_path / "run", ranks=1, fault=fault)
     assert done.returncode == train.EXIT_TERMINATED == 75, done.stderr[-3000:]
     newest = Checkpoints(tmp_path / "run").paths()[-1]
@@ -658,10 +662,11 @@ def test_a_run_resumes_from_before_a_damaged_checkpoint_to_the_same_bits(
 
 
 @pytest.mark.slow
-def test_sigterm_at_torchrun_saves_and_the_resumed_run_ends_in_the_same_bits(
-    clicks: Path, tmp_path: Path, undisturbed: Path
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_at_torchrun_saves_and_the_resumed_run_ends_in_the_same_bits(
+    clicks: Path, tmp_path: Path, undisturbed: Path, number: signal.Signals
 ) -> None:
-    fault = Fault(signal.SIGTERM, rank=0, step=8, done=str(tmp_path / "done"), to_torchrun=True)
+    fault = Fault(number, rank=0, step=8, done=str(tmp_path / "done"), to_torchrun=True)
     done = start(clicks, tmp_path / "run", restarts=1, fault=fault)
     assert done.returncode != 0
     # How far the ranks are when torchrun passes the signal on is up to the machine; it can be the same step.

@@ -107,7 +107,7 @@ class Trainer:
 
     def _on_signal(self, *_: Any) -> None:
         self._terminate = True  # the ranks agree about it after their step: see _over_ranks
-        if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun sends its ranks what the terminal sent them already
+        if "TORCHELASTIC_RUN_ID" not in os.environ:  # which may pass one Ctrl-C on more than once
             signal.signal(signal.SIGINT, signal.default_int_handler)  # who presses Ctrl-C twice will not wait
 
     def run(self) -> None:
