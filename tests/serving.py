@@ -18,7 +18,8 @@ from torchrec_lma.serving.protos.predictor_pb2 import (
     PredictionResponse,
     SparseFeatures,
 )
-from torchrec_lma.serving.server import PredictionServer, Settings
+from torchrec_lma.serving.server import PredictionServer
+from torchrec_lma.serving.settings import Settings
 
 POISON = 666_666  # an id that makes the model fail
 FLOATS, IDS, SCORED = ("price", "age"), ("user", "item", "tags"), ("clicks",)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from serving import FLOATS, IDS, SCORED, Rows, Running, running, save_model
 
 from torchrec_lma.serving.protos.predictor_pb2 import PredictionRequest
-from torchrec_lma.serving.server import Settings
+from torchrec_lma.serving.settings import Settings
 
 CORPUS = sorted((Path(__file__).parent / "corpus" / "requests").glob("*"))
 EDGES = (0, 1, -1, 2, 3, 127, 2**16, 2**31 - 1, -(2**31))

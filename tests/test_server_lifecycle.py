@@ -1,5 +1,6 @@
 """The server under pressure and over time: full queues, deadlines, clients that leave, new model files, its end."""
 
+import asyncio
 import concurrent.futures
 import functools
 import gc
@@ -35,9 +36,18 @@ from torchrec_lma.cli import main
 from torchrec_lma.serving.batching import Limits
 from torchrec_lma.serving.client import PredictionClient
 from torchrec_lma.serving.model_store import ModelStore
-from torchrec_lma.serving.server import Settings, Tls
+from torchrec_lma.serving.settings import Settings, Tls
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def untried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """New models are not tried in a process of their own, which takes seconds; tests/test_server_loading.py has that."""
+
+    async def nothing(*_: object) -> None: ...
+
+    monkeypatch.setattr("torchrec_lma.serving.model_store.try_model", nothing)
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -197,6 +207,7 @@ def test_a_batch_that_does_not_end_does_not_keep_the_server_from_ending(tmp_path
             gate.opened.set()
 
 
+@pytest.mark.usefixtures("untried")
 def test_new_model_files_are_taken_over_without_a_failed_request(tmp_path: Path) -> None:
     path = save_model(tmp_path / "model.pt", bias=0)
     with running(Settings(path, port=0, watch_seconds=0.02)) as server:
@@ -232,6 +243,7 @@ def test_new_model_files_are_taken_over_without_a_failed_request(tmp_path: Path)
             assert seen == sorted(seen)
 
 
+@pytest.mark.usefixtures("untried")
 def test_waiting_requests_are_computed_with_the_model_that_they_were_checked_against(tmp_path: Path) -> None:
     path = save_model(tmp_path / "model.pt")
     with gated(tmp_path) as (server, gate), concurrent.futures.ThreadPoolExecutor(4) as pool:
@@ -251,6 +263,7 @@ def test_waiting_requests_are_computed_with_the_model_that_they_were_checked_aga
         np.testing.assert_allclose(newer.result(), new.expected(bias=1), rtol=1e-5)
 
 
+@pytest.mark.usefixtures("untried")
 def test_replaced_model_is_freed_after_good_bad_and_abandoned_requests(tmp_path: Path) -> None:
     path = save_model(tmp_path / "model.pt")
     with running(Settings(path, port=0, watch_seconds=0)) as server:
@@ -275,6 +288,7 @@ def test_replaced_model_is_freed_after_good_bad_and_abandoned_requests(tmp_path:
             logging.disable(logging.NOTSET)
 
 
+@pytest.mark.usefixtures("untried")
 def test_file_that_is_being_written_is_left_alone_until_it_rests(tmp_path: Path) -> None:
     path = save_model(tmp_path / "model.pt")
     store = ModelStore(path, None, CPU, 4)
@@ -290,7 +304,7 @@ def test_file_that_is_being_written_is_left_alone_until_it_rests(tmp_path: Path)
     assert not store.has_changed()
     assert store.has_changed()
     old = store.current
-    assert store.load() is store.current is not old
+    assert asyncio.run(store.load()) is store.current is not old
     assert not store.has_changed()
     path.unlink()
     assert not store.has_changed()
@@ -385,9 +399,9 @@ def test_file_that_is_no_model_is_refused_with_its_name(tmp_path: Path, capsys: 
         ModelStore(tmp_path / "state.pt", None, CPU, 4)
 
     nameless = save_model(tmp_path / "nameless.pt", metadata=False)
-    with pytest.raises(ValueError, match="--num-float-features"):
+    with pytest.raises(ValueError, match="export it with torchrec-lma export"):
         ModelStore(nameless, None, CPU, 4)
-    with pytest.raises(ValueError, match="leave the options out"):
+    with pytest.raises(ValueError, match="leave counts out"):
         ModelStore(tmp_path / "whole.pt", (1, 1, 0), CPU, 4)
     assert main(["serve", str(tmp_path / "text.pt"), "--port", "0"]) == 2
     assert "text.pt is truncated, damaged or no TorchScript model" in capsys.readouterr().err
@@ -412,7 +426,7 @@ def test_what_cannot_be_served_with_is_said_in_one_line(tmp_path: Path, capsys: 
             (["--client-ca", no_pem], "--client-ca needs"),
             (["--port", "65536"], "--port 65536"),
             (["--device", "abacus"], "device 'abacus' cannot be used"),
-            (["--watch-seconds", "-1"], "watch_seconds=-1.0"),
+            (["--drain-seconds", "-1"], "drain_seconds=-1.0"),
             (["--max-batch", "0"], "max_rows=0"),
         ):
             assert main(["serve", path, *options]) == 2
@@ -494,7 +508,7 @@ def event(process: subprocess.Popen, log: list[dict], name: str, count: int = 1)
 
 def test_serve_command_logs_json_and_obeys_signals(tmp_path: Path) -> None:
     path = save_model(tmp_path / "model.pt")
-    options = [str(path), "--port", "0", "--metrics-port", "0", "--watch-seconds", "0"]
+    options = [str(path), "--port", "0", "--metrics-port", "0"]
     with serve_process(*options) as (process, log):
         serving = event(process, log, "serving")
         data = Rows(3)
@@ -508,5 +522,12 @@ def test_serve_command_logs_json_and_obeys_signals(tmp_path: Path) -> None:
         assert event(process, log, "model loaded", 2)["features"] == [1, 3, 0]
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
-    assert [line["event"] for line in log] == ["model loaded", "serving", "model loaded", "draining", "stopped"]
+    assert [line["event"] for line in log] == [
+        "loading",
+        "model loaded",
+        "serving",
+        "model loaded",
+        "draining",
+        "stopped",
+    ]
     assert all({"time", "level"} <= set(line) for line in log)

@@ -13,7 +13,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec_lma.quant import export
 from torchrec_lma.serving.batching import Limits
 from torchrec_lma.serving.client import PredictionClient
-from torchrec_lma.serving.server import Settings
+from torchrec_lma.serving.settings import Settings
 
 
 def one_row(features: KeyedJaggedTensor, row: int) -> KeyedJaggedTensor:

@@ -269,7 +269,7 @@ def soak(args: argparse.Namespace, models: dict[str, Path], load: Load) -> dict[
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.pt"
         replace(path, next(iter(models.values())))
-        server = Server(path, ["--watch-seconds", "0.2", *args.serve_option])
+        server = Server(path, args.serve_option)
         started = time.perf_counter()
         try:
             sender = asyncio.run(run(server, path))

@@ -53,7 +53,7 @@ class Limits:
 
     max_rows: int = 1024
     max_delay_seconds: float = 0.002
-    max_queue: int = 1024
+    max_queue: int = 512
     replicas: int = 1
     max_ids: int = 1 << 20
     max_request_rows: int = 1 << 14

@@ -1,141 +1,18 @@
-"""The model that is served: loaded from a TorchScript file, checked, warmed up, and exchanged for a newer file."""
+"""The model of a file, and its exchange when the file changes."""
 
-import os
+import asyncio
 import threading
-import zipfile
-import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future
 from pathlib import Path
 
-import fbgemm_gpu  # noqa: F401  registers the operators of scripted tables
-import numpy as np
 import torch
 
-from torchrec_lma.serving.contract import ID_TYPES, METADATA_FILE, Contract, Inputs, Sparse
+from torchrec_lma.serving.loading import seconds_to_load, try_model
+from torchrec_lma.serving.model import FileChanged, Model, Stamp
 
 ATTEMPTS = 3  # to read a file that is replaced meanwhile
-WARM_UP_RUNS = 3  # TorchScript profiles a graph in its first runs and then compiles it
-
-
-class FileChanged(ValueError):
-    """A model file was replaced or written while it was read."""
-
-
-@dataclass(frozen=True)
-class Stamp:
-    """What of a file changes when it is written or replaced."""
-
-    inode: int
-    size: int
-    modified_ns: int
-
-    @classmethod
-    def of(cls, path: Path) -> "Stamp":
-        status = os.stat(path)  # of what a link points to
-        return cls(status.st_ino, status.st_size, status.st_mtime_ns)
-
-
-class Model:
-    """A TorchScript module with TorchRec's inference contract.
-
-    Args:
-        path: the file; it is read whole, so that it may be replaced while the model is used.
-        counts: of the features of each kind, if the file does not say; else they must agree with it.
-        device: where to compute.
-        warm_up_rows: the batch size that it is warmed up for.
-
-    Raises:
-        ValueError: the file is damaged, is no TorchScript module, or does not keep the contract; says which.
-        OSError: it cannot be read.
-    """
-
-    def __init__(
-        self, path: Path, counts: Sequence[int] | None, device: torch.device, warm_up_rows: int = 1024
-    ) -> None:
-        self.path = path
-        self.stamp = Stamp.of(path)
-        self._device = device
-        extra = {METADATA_FILE: ""}
-        try:
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()  # torch does not look at the checksums
-            if damaged is not None:
-                raise ValueError(f"{damaged} in it does not match its checksum")
-            self._module = torch.jit.load(str(path), map_location=device, _extra_files=extra).eval()
-        except (RuntimeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            what = _first_line(error) or type(error).__name__
-            raise ValueError(f"{path} is truncated, damaged or no TorchScript model ({what})") from error
-        if Stamp.of(path) != self.stamp:
-            raise FileChanged(f"{path} changed while it was read: write models beside it and rename them")
-        if extra[METADATA_FILE]:
-            self.contract = Contract.from_json(extra[METADATA_FILE])
-            if counts is not None and tuple(counts) != self.contract.counts:
-                raise ValueError(
-                    f"{path} takes {self.contract.counts} float, id-list, id-score-list features, not "
-                    f"the {tuple(counts)} of the options: leave the options out"
-                )
-        elif counts is not None:
-            self.contract = Contract.from_counts(counts)
-        else:
-            raise ValueError(
-                f"{path} holds no {METADATA_FILE}, so it does not say what it takes: give --num-float-features and "
-                "--num-id-list-features (and --num-id-score-list-features), or export it with torchrec-lma export"
-            )
-        self._check(warm_up_rows)
-
-    def predict(self, batch: Sequence[Inputs]) -> list[dict[str, np.ndarray]]:
-        """The predictions of each of several requests, computed as one batch: task -> float32 [rows].
-
-        Raises:
-            RuntimeError: the model failed, or its output is not what the contract says.
-        """
-        rows = [inputs.rows for inputs in batch]
-        features = {"float_features": torch.from_numpy(np.concatenate([inputs.float_features for inputs in batch]))}
-        features |= _merge("id_list_features", [inputs.id_list_features for inputs in batch])
-        if self.contract.id_score_list_features:
-            features |= _merge("id_score_list_features", [inputs.id_score_list_features for inputs in batch])
-        with torch.inference_mode():
-            output = self._module({name: tensor.to(self._device) for name, tensor in features.items()})
-        if not isinstance(output, dict) or "default" not in output:
-            raise RuntimeError('the model returned no dictionary with a "default" prediction')
-        predictions = {}
-        for task, tensor in output.items():
-            if tensor.shape != (sum(rows),) or not tensor.is_floating_point():
-                raise RuntimeError(
-                    f"the model returned {tensor.dtype} {list(tensor.shape)} as {task!r}, not floats [{sum(rows)}]"
-                )
-            predictions[task] = tensor.float().cpu().numpy()
-        ends = np.cumsum(rows)
-        return [
-            {task: values[end - count : end] for task, values in predictions.items()} for count, end in zip(rows, ends)
-        ]
-
-    def _check(self, warm_up_rows: int) -> None:
-        """Runs the model on made-up rows: id 0, which every table has, of both types, and empty bags."""
-        try:
-            for ids_per_bag in (1, 0):
-                for id_type in ID_TYPES:
-                    for rows in (1, warm_up_rows):
-                        made_up = self._made_up(rows, ids_per_bag, id_type)
-                        for _ in range(WARM_UP_RUNS):
-                            self.predict([made_up])
-        except Exception as error:
-            raise ValueError(
-                f"{self.path} does not keep TorchRec's inference contract for {self.contract.counts} float, id-list "
-                f"and id-score-list features: {_last_line(error)}"
-            ) from error
-
-    def _made_up(self, rows: int, ids_per_bag: int, id_type: str) -> Inputs:
-        floats, ids, scored = self.contract.counts
-
-        def sparse(features: int, weighted: bool) -> Sparse:
-            lengths = np.full((features, rows), ids_per_bag, np.int32)
-            count = features * rows * ids_per_bag
-            weights = np.ones(count, np.float32) if weighted else None
-            return Sparse(lengths, np.zeros(count, ID_TYPES[id_type]), weights)
-
-        return Inputs(np.zeros((rows, floats), np.float32), sparse(ids, False), sparse(scored, True))
+LOOK_SECONDS = 1.0  # between two looks whether it is
 
 
 class ModelStore:
@@ -146,17 +23,17 @@ class ModelStore:
 
     Args: see `Model`.
 
-    Raises: as `Model`.
+    Raises: as `Model`. The first model is loaded here and now, in the caller's thread.
     """
 
     def __init__(
         self, path: Path, counts: Sequence[int] | None, device: torch.device, warm_up_rows: int = 1024
     ) -> None:
-        self._make = lambda: Model(path, counts, device, warm_up_rows)
         self._path = path
-        self._loading = threading.Lock()
+        self._arguments = (counts, device, warm_up_rows)
+        self._loading = asyncio.Lock()
         self._seen: Stamp | None = None  # at the last look
-        self.current = self._make()
+        self.current = Model(path, *self._arguments)
         self._tried = self.current.stamp
 
     def has_changed(self) -> bool:
@@ -172,45 +49,58 @@ class ModelStore:
         settled, self._seen = stamp == self._seen, stamp
         return settled and stamp != self._tried
 
-    def load(self) -> Model:
-        """Reads the file and makes it the current model, which is returned.
+    async def load(self) -> Model:
+        """Tries the file in another process, then reads it and makes it the current model, which is returned.
 
-        Raises: as `Model`; the current model is then the same as before.
+        Raises:
+            ValueError: as `Model` and `try_model`; the current model is then the same as before.
+            OSError: the file cannot be read.
         """
-        with self._loading:
+        async with self._loading:
             for again in reversed(range(ATTEMPTS)):
                 self._tried = Stamp.of(self._path)
                 try:
-                    self.current = self._make()
+                    await self._try()
+                    self.current = await self._read()
                     break
                 except FileChanged:
                     if not again:
                         raise
             return self.current
 
+    async def _try(self) -> None:
+        """Ends early where the file is replaced: the next one does not wait for what may take for ever."""
+        trying = asyncio.create_task(try_model(self._path, *self._arguments))
+        try:
+            while not trying.done():
+                await asyncio.wait({trying}, timeout=LOOK_SECONDS)
+                if Stamp.of(self._path) != self._tried:
+                    raise FileChanged(
+                        f"{self._path} changed while it was tried: write models beside it and rename them"
+                    )
+        finally:
+            trying.cancel()
+            await asyncio.gather(trying, return_exceptions=True)  # until its process is gone
+        trying.result()
 
-def _merge(field: str, parts: Sequence[Sparse]) -> dict[str, torch.Tensor]:
-    """Bags of several requests -> those of one batch: lengths int32 [F * B], values [ids], weights float32 [ids]."""
-    lengths = torch.from_numpy(np.concatenate([part.lengths for part in parts], axis=1))  # [F, B]
-    values = torch.from_numpy(np.concatenate([part.values for part in parts]))  # one request after the other
-    weights = None
-    if parts[0].weights is not None:
-        weights = torch.from_numpy(np.concatenate([part.weights for part in parts if part.weights is not None]))
-    if len(parts) > 1 and len(lengths) > 1 and len(values):
-        # Segments (request, feature) -> (feature, request), which makes all of a feature's ids neighbours.
-        ids = np.stack([part.lengths.sum(axis=1) for part in parts]).astype(np.int32)  # [requests, F]
-        order = torch.arange(ids.size, dtype=torch.int32).view(ids.shape).T.flatten()
-        _, values, weights = torch.ops.fbgemm.permute_1D_sparse_data(
-            order, torch.from_numpy(ids.flatten()), values, weights, len(values)
-        )
-    merged = {f"{field}.lengths": lengths.flatten(), f"{field}.values": values}
-    return merged if weights is None else merged | {f"{field}.weights": weights}
+    async def _read(self) -> Model:
+        """The file's model. Should it not end here, unlike where it was tried, its thread is left behind."""
+        seconds = seconds_to_load(self._tried.size)
+        result: Future[Model] = Future()
+        result.set_running_or_notify_cancel()
 
+        def read() -> None:
+            try:
+                result.set_result(Model(self._path, *self._arguments))
+            except BaseException as error:
+                result.set_exception(error)
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]
-
-
-def _last_line(error: BaseException) -> str:
-    """TorchScript's messages end with the cause."""
-    return str(error).strip().split("\n")[-1]
+        # Not an executor's thread: Python would wait for it at its end.
+        threading.Thread(target=read, name="load", daemon=True).start()
+        try:
+            model = await asyncio.wait_for(asyncio.wrap_future(result), seconds)
+        except TimeoutError:
+            raise ValueError(f"{self._path} did not load within {seconds:.0f} s") from None
+        if model.stamp != self._tried:
+            raise FileChanged(f"{self._path} changed after it was tried: write models beside it and rename them")
+        return model
