@@ -86,6 +86,10 @@ class LMACollection(nn.Module):
     def plain_collections(self) -> list[Any]:
         """The collections of TorchRec that `levels` is made of."""
 
+    def level_keys(self) -> list[list[str]]:
+        """Of each of them, the keys of the batches that it is given."""
+        return [self.remap.keys]
+
     @abstractmethod
     def like_this(self, tables: Sequence[Any], allocation: Allocation, device: torch.device) -> Self:
         """A new collection with the options of this one."""

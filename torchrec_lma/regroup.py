@@ -94,11 +94,12 @@ def numbered(features: KeyedJaggedTensor, names: list[str]) -> KeyedJaggedTensor
 
 
 @torch.fx.wrap
-def without_weights(features: KeyedJaggedTensor) -> KeyedJaggedTensor:
-    """The same batch, of one batch size for all features, without per-sample weights."""
-    return KeyedJaggedTensor(
-        keys=features.keys(), values=features.values(), lengths=features.lengths(), stride=features.stride()
-    )
+def for_plain_collections(rows: KeyedJaggedTensor) -> KeyedJaggedTensor:
+    """The batch of rows without weights; and with a row, an empty one, which TorchRec's EmbeddingCollections need."""
+    lengths, stride = rows.lengths(), rows.stride()
+    if not torch.compiler.is_compiling() and stride == 0:
+        lengths, stride = torch.zeros([len(rows.keys())], dtype=lengths.dtype, device=lengths.device), 1
+    return KeyedJaggedTensor(keys=rows.keys(), values=rows.values(), lengths=lengths, stride=stride)
 
 
 @torch.fx.wrap
@@ -165,7 +166,7 @@ def sequences(
         need_indices: ids go along as weights.
     """
     ids = batch.values().split(batch.length_per_key())
-    lengths = batch.lengths().view(len(names), -1)
+    lengths = batch.lengths().view(len(names), batch.stride())
     result: dict[str, JaggedTensor] = {}
     for name, i in zip(names, order):
         weights: Tensor | None = None

@@ -16,11 +16,11 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from torchrec_lma.allocation.artifact import Allocation
 from torchrec_lma.collection import LMACollection, warn_of_missing_sharder
-from torchrec_lma.features import checked
-from torchrec_lma.regroup import Pieces, numbered, without_weights
+from torchrec_lma.features import checked, take_features
+from torchrec_lma.regroup import Pieces, for_plain_collections, numbered
 
 # torch.fx leaves alone what is wrapped in the module that calls it.
-for _function in ("checked", "numbered", "without_weights"):
+for _function in ("checked", "for_plain_collections", "numbered", "take_features"):
     torch.fx.wrap(_function)
 
 
@@ -78,6 +78,10 @@ class LMAEmbeddingCollection(LMACollection, EmbeddingCollectionInterface):
         # Rows carry the places of their ids, in the place of per-sample weights.
         super().__init__(tables, allocation, True, device, strict)
         self._need_indices = need_indices
+        self._level_keys = [
+            [key for config in plain.embedding_configs() for key in config.feature_names]
+            for plain in self.plain_collections()
+        ]
         self._pieces = Pieces.of(list(self._slots.values()), allocation, self.remap)
 
     def _make_levels(self, configs: list[EmbeddingConfig], device: torch.device | None) -> nn.ModuleDict:
@@ -88,6 +92,9 @@ class LMAEmbeddingCollection(LMACollection, EmbeddingCollectionInterface):
 
     def plain_collections(self) -> list[EmbeddingCollection]:
         return list(self.levels.values())
+
+    def level_keys(self) -> list[list[str]]:
+        return self._level_keys
 
     def like_this(
         self, tables: Sequence[EmbeddingConfig], allocation: Allocation, device: torch.device
@@ -111,8 +118,9 @@ class LMAEmbeddingCollection(LMACollection, EmbeddingCollectionInterface):
         """
         batch = numbered(checked(features, self._features, False), self.remap.features)
         rows = self.remap(batch)
-        plain = without_weights(rows)
-        found = [levels(plain) for levels in self.levels.values()]
+        plain = for_plain_collections(rows)
+        # Only what each takes, so that TorchRec's quantized ones split it at no place that torch.export does not know.
+        found = [levels(take_features(plain, keys)) for levels, keys in zip(self.levels.values(), self._level_keys)]
         if not torch.jit.is_scripting():
             self.remap.check_not_overwritten()
             if isinstance(found[0], LazyAwaitable):

@@ -33,7 +33,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from torchrec_lma.distributed.collection import LMASharder, ShardedLMACollection, refuse_ranks_without_rows
 from torchrec_lma.features import checked
-from torchrec_lma.regroup import numbered, without_weights
+from torchrec_lma.regroup import for_plain_collections, numbered
 from torchrec_lma.sequences import LMAEmbeddingCollection
 
 T = TypeVar("T")
@@ -125,7 +125,7 @@ class ShardedLMAEmbeddingCollection(ShardedLMACollection[dict[str, JaggedTensor]
             ctx.batch = numbered(checked(features, self._features, False), self.remap.features)
             rows = self.remap(ctx.batch)
             ctx.positions = rows.weights()
-            plain = without_weights(rows)
+            plain = for_plain_collections(rows)
         awaitables = []
         for sharded in self._sharded.values():
             of_width = sharded.create_context()

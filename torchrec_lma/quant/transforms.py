@@ -67,9 +67,8 @@ def quantize(
     quantize_inference_model(model, per_table_weight_dtype=dtypes, fp_weight_dtype=dtype, quantization_dtype=dtype)
     for collection in lma:
         # TorchRec's collections look up the order of their features at the first batch, which a trace cannot do.
-        keys = collection.remap.keys
         none = torch.empty(0, dtype=torch.int32, device=collection.device)
-        for plain in collection.plain_collections():
+        for plain, keys in zip(collection.plain_collections(), collection.level_keys()):
             weights = none.float() if getattr(plain, "is_weighted", bool)() else None
             plain(KeyedJaggedTensor(keys=keys, values=none, lengths=none.new_zeros(len(keys)), weights=weights))
     return model
