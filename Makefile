@@ -1,20 +1,17 @@
 # `make test` and `make demo` need python3.11, git and pip; the rest they install in .venv, once.
 #   make PYTHON=/path/to/python3.11      another interpreter
 #   make DEVICE=cpu | cuda               overrides the look for an NVIDIA GPU
-#   make TORCHREC=1.8 test               the older torchrec that is supported, in .venv-torchrec1.8
+#   make TORCHREC=1.9 test               another torchrec that is supported, in .venv-torchrec1.9
 PYTHON ?= python3.11
 DEVICE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
-TORCHREC ?= 1.9
+DEFAULT_TORCHREC := 1.8
+TORCHREC ?= $(DEFAULT_TORCHREC)
 
-ifeq ($(TORCHREC),1.9)
-VENV := .venv
-EXTRA := $(DEVICE)
-else ifeq ($(TORCHREC),1.8)
-VENV := .venv-torchrec1.8
-EXTRA := $(DEVICE)-torchrec18
-else
+ifeq ($(filter 1.8 1.9,$(TORCHREC)),)
 $(error TORCHREC=$(TORCHREC) is not 1.8 or 1.9)
 endif
+VENV := .venv$(if $(filter-out $(DEFAULT_TORCHREC),$(TORCHREC)),-torchrec$(TORCHREC))
+EXTRA := $(DEVICE)-torchrec$(subst .,,$(TORCHREC))
 COMPLETE := $(VENV)/.complete
 # $(VENV)/bin comes first on PATH so that torchx finds this environment's torchrun and python.
 IN_VENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
@@ -37,7 +34,7 @@ help:
 	@echo "make lint        ruff and mypy"
 	@echo "make docs        the documentation as a site, with the API reference, in build/site"
 	@echo "make clean       remove the environments, build products and caches; runs/ stays"
-	@echo "Any of them with TORCHREC=1.8: with that torchrec instead of 1.9"
+	@echo "Any of them with TORCHREC=1.9: with that torchrec instead of $(DEFAULT_TORCHREC)"
 
 venv: $(COMPLETE)
 

@@ -8,7 +8,8 @@ import warnings
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
-TESTED = ("1.8", "1.9")  # minor versions of torchrec, and of the FBGEMM that each is made for
+# Minor versions of torchrec, and of the FBGEMM that each is made for; first the one of the extras cpu and cuda.
+TESTED = ("1.8", "1.9")
 EXTRAS = {
     "google": "serve",
     "grpc": "serve",
@@ -22,7 +23,7 @@ EXTRAS = {
 
 def check_torchrec() -> None:
     """Raises ModuleNotFoundError if torchrec or FBGEMM is missing; warns of a torchrec that the tests never met."""
-    torchrec = f"pip install --no-deps 'torchrec=={_minor_of_fbgemm() or TESTED[-1]}.*'"
+    torchrec = f"pip install --no-deps 'torchrec=={_minor_of_fbgemm() or TESTED[0]}.*'"
     if find_spec("fbgemm_gpu") is None:
         raise ModuleNotFoundError(
             "torchrec_lma needs FBGEMM and torchrec. With an NVIDIA GPU: pip install 'torchrec_lma[cuda]'. Without: "
