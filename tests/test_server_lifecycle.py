@@ -43,7 +43,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def untried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """New models are not tried in a process of their own, which takes seconds; tests/test_server_loading.py has that."""
+    """New models are not tried in a process of their own, which takes seconds: test_server_loading.py has that."""
 
     async def nothing(*_: object) -> None: ...
 

@@ -12,12 +12,14 @@ import torch
 
 from torchrec_lma.serving.model import FileChanged, Model, Stamp
 
-LOAD_SECONDS = 60.0  # that a file may take, and
+LOAD_SECONDS = 120.0  # that a file may take, with the start of the process that tries it, and
 LOAD_BYTES_PER_SECOND = 20 << 20  # one second more for each of these
 _CHANGED = 3  # exit status
 _TRY = """
-import json, sys
+import json, signal, sys
 arguments = json.load(sys.stdin)
+# This ends the process even where its parent is gone, or the model never lets Python run again.
+signal.setitimer(signal.ITIMER_REAL, arguments.pop("seconds"))
 sys.path[:] = arguments.pop("sys_path")
 from torchrec_lma.serving.loading import try_here
 sys.exit(try_here(**arguments))
@@ -45,7 +47,7 @@ async def try_model(path: Path, counts: Sequence[int] | None, device: torch.devi
         "sys_path": sys.path,
     }
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-W", "ignore", "-c", _TRY),
+        *(sys.executable, "-P", "-W", "ignore", "-c", _TRY),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.PIPE,
@@ -68,9 +70,8 @@ async def try_model(path: Path, counts: Sequence[int] | None, device: torch.devi
         raise ValueError(message)
 
 
-def try_here(path: str, counts: Sequence[int] | None, device: str, warm_up_rows: int, seconds: float) -> int | str:
+def try_here(path: str, counts: Sequence[int] | None, device: str, warm_up_rows: int) -> int | str:
     """What the process does: exits with 0, or with the message."""
-    signal.setitimer(signal.ITIMER_REAL, seconds)  # ends it even where its parent is gone, or Python never runs again
     torch.set_num_threads(1)
     with suppress(OSError):  # if memory runs out it shall be this process that is killed, and not the server
         Path("/proc/self/oom_score_adj").write_text("1000")
