@@ -9,7 +9,7 @@ import grpc
 from torchrec_lma.serving.batching import Limits
 
 ARRIVING_BYTES = 256 << 20  # of messages that are still arriving, of all connections together
-MAX_CONNECTIONS = 1000
+MAX_CONNECTIONS = 800  # below the 1,024 files that many systems let a process open
 MAX_PENDING = 1 << 15  # streams that gRPC holds for the event loop; those beyond are cancelled, so it is out of reach
 PENDING_SECONDS = 3600  # that gRPC holds one; its client has given up long before
 SPARE_STREAMS = 128  # of a connection, beyond the queue: so that a single client, too, sees when the queue is full
