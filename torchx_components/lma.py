@@ -60,7 +60,7 @@ def train(
         h: named resource of a node, instead of cpu, gpu and memMB
         env: environment variables, for example OMP_NUM_THREADS=4,NCCL_DEBUG=INFO
         max_restarts: how often torchrun restarts the processes of a job, after one has died
-        max_retries: how often the scheduler restarts a failed job; the trainer then needs --resume
+        max_retries: how often the scheduler restarts a failed job; the trainer then needs --resume auto
         mounts: mounts of a Docker or Kubernetes job, for example type=bind,src=/data,dst=/data,readonly
         rdzv_port: port of the first node where the nodes of a multi-node job meet
     """

@@ -8,7 +8,6 @@ thread; its CPU time is told beside the time of the clock, which other work on t
 
 import argparse
 import json
-import os
 import resource
 import time
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from tqdm import tqdm
 
 from torchrec_lma import AllocationBuilder, LMAConfig
 from torchrec_lma.allocation import ContextMinHash, RowsMinHash, Source
+from torchrec_lma.files import replacing
 
 
 def zipf_ids(random: np.random.Generator, ids: int, exponent: float, size: int) -> np.ndarray:
@@ -127,9 +127,8 @@ def main() -> None:
         f"{allocation.nbytes / 2**20:.1f} MiB"
     )
     if args.json is not None:
-        temporary = args.json.with_name(f".{args.json.name}.tmp")
-        temporary.write_text(json.dumps(record, indent=1))
-        os.replace(temporary, args.json)
+        with replacing(args.json) as temporary:
+            temporary.write_text(json.dumps(record, indent=1))
 
 
 if __name__ == "__main__":

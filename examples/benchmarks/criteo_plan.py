@@ -18,7 +18,6 @@ which every device holds, are real; who owns what is not. The sizes of the 26 ta
 import argparse
 import json
 import logging
-import os
 import warnings
 from collections import Counter
 from dataclasses import replace
@@ -44,6 +43,7 @@ from torchrec_lma.allocation import MemoryAllocation
 from torchrec_lma.allocation.artifact import all_tables
 from torchrec_lma.allocation.layout import lay_out
 from torchrec_lma.distributed import level_constraints
+from torchrec_lma.files import replacing
 from torchrec_lma.text_table import text_table
 
 # fmt: off
@@ -246,9 +246,8 @@ def main() -> None:
     )
     if args.json is not None:
         record = {"arguments": vars(args) | {"json": str(args.json)}, "results": results}
-        temporary = args.json.with_name(f".{args.json.name}.tmp")
-        temporary.write_text(json.dumps(record, indent=1))
-        os.replace(temporary, args.json)
+        with replacing(args.json) as temporary:
+            temporary.write_text(json.dumps(record, indent=1))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,8 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from torchrec_lma.files import replacing
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY / "examples" / "dlrm"))
 
@@ -294,9 +296,8 @@ def soak(args: argparse.Namespace, out: Path) -> int:
             "drift": worst,
             "lifetimes": {name: [asdict(life) for life in run.lifetimes.values()] for name, run in runs.items()},
         }
-        temporary = args.json.with_name(f".{args.json.name}.tmp")
-        temporary.write_text(json.dumps(record))
-        os.replace(temporary, args.json)
+        with replacing(args.json) as temporary:
+            temporary.write_text(json.dumps(record))
     values = [value for kinds in worst.values() for drift in kinds.values() for value in drift.values()]
     leaks = any(value is not None and abs(value) > MAX_DRIFT for value in values)
     return 1 if different or not same or unexpected or leaks else 0

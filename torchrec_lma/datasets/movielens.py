@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from torchrec_lma.datasets.schema import Schema
+from torchrec_lma.files import replacing
 
 RECBOLE = "recbole==1.2.1"
 WHEEL = "recbole-1.2.1-py3-none-any.whl"
@@ -68,13 +69,9 @@ def prepare(cache_dir: str | os.PathLike[str] | None = None) -> Path:
     cache = default_cache() if cache_dir is None else Path(cache_dir)
     target = cache / "movielens-100k.parquet"
     if not target.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        # In the cache's own file system: the rename at the end is then atomic, and readers see all of the file or none.
-        with tempfile.TemporaryDirectory(dir=cache, prefix=".movielens-") as scratch:
+        with replacing(target) as written, tempfile.TemporaryDirectory() as scratch:
             wheel = cache / WHEEL
-            written = Path(scratch) / target.name
             pq.write_table(_join(*_extract(wheel if wheel.exists() else _download(Path(scratch)))), written)
-            os.replace(written, target)
     return target
 
 
