@@ -10,6 +10,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_lma.datasets.schema import Path
 from torchrec_lma.features import to_int64
+from torchrec_lma.files import replacing
 
 
 class Vocabulary:
@@ -62,7 +63,8 @@ class Vocabulary:
 
     def save(self, path: Path) -> None:
         """Writes the ids of each feature as one safetensors file."""
-        save_file(self.ids, path)
+        with replacing(path) as temporary:
+            save_file(self.ids, temporary)
 
     @classmethod
     def load(cls, path: Path) -> "Vocabulary":
