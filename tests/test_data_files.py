@@ -143,6 +143,13 @@ def test_ids_of_another_type_in_another_file_are_refused(tmp_path: Path, other: 
         ParquetDataset(tmp_path, USER)
 
 
+def test_what_a_hash_split_keeps_together_has_one_type(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", user=INTS, item=INTS)
+    write(tmp_path / "b.parquet", user=STRINGS, item=INTS)
+    with pytest.raises(ValueError, match="'user' has integers in .*a.parquet and strings in .*b.parquet"):
+        ParquetDataset(tmp_path, Schema(None, ("item",)), Split("hash", ("user",)))
+
+
 @pytest.mark.parametrize(
     ("other", "ids"),
     [

@@ -377,3 +377,20 @@ def test_a_mistake_is_said_once_by_all_ranks(tmp_path: Path) -> None:
     assert done.returncode != 0
     assert done.stderr.count("has no column 'usr', it has click, user, item, ts") == 1
     assert "in open_dataset" not in done.stderr  # no traceback of ours
+
+
+# Threads
+
+
+@pytest.mark.parametrize("given", [None, "1", "3"])
+def test_omp_num_threads_is_respected(given: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    import train
+
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "OMP_NUM_THREADS")}
+    asked: list[int] = []
+    monkeypatch.setattr(os, "environ", environment | ({} if given is None else {"OMP_NUM_THREADS": given}))
+    monkeypatch.setattr(train.dist, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(train.torch, "set_num_threads", asked.append)
+    assert train.init_distributed().type == "cpu" or torch.cuda.is_available()
+    if not torch.cuda.is_available():
+        assert asked == ([len(os.sched_getaffinity(0))] if given is None else [])

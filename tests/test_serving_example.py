@@ -71,6 +71,7 @@ def write_checkpoint(
 ) -> Callable[[Tensor, KeyedJaggedTensor], Tensor]:
     """What the trainer leaves, of an untrained model; returns what that model predicts of rows as the data has them."""
     from model import make_model
+    from start import keep_sample
 
     vocabulary = make_vocabulary(args, dataset)
     num_embeddings = vocabulary.num_embeddings if vocabulary is not None else count_embeddings(args, dataset)
@@ -89,7 +90,8 @@ def write_checkpoint(
     folder.mkdir(parents=True)
     dcp.save({"model": model.state_dict()}, checkpoint_id=folder, no_dist=True)
     settings = {"arguments": vars(args), "categorical": ["user", "item", "tags"], "numeric": ["price"]}
-    (folder / "settings.json").write_text(json.dumps({**settings, "num_embeddings": num_embeddings}))
+    settings |= {"num_embeddings": num_embeddings, "sample": keep_sample(dataset), "id_types": dataset.id_types}
+    (folder / "settings.json").write_text(json.dumps(settings))
     if vocabulary is not None:
         vocabulary.save(folder / "vocabulary.safetensors")
     (folder / "progress.json").write_text(json.dumps({"best": best}))

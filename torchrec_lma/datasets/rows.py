@@ -202,7 +202,8 @@ class RowDataset(ABC):
     @property
     def id_types(self) -> dict[str, str]:
         """What the categorical columns hold: "integers" or "strings", which are other ids; not of empty columns."""
-        return {name: kind for (name, role), (kind, _) in self._types.items() if role == "ids"}
+        ids = [(name, "ids") for name in self.schema.categorical]
+        return {name: self._types[name, role][0] for name, role in ids if (name, role) in self._types}
 
     def _check_columns(self, path: str, stored: pa.Schema) -> None:
         """Raises ValueError where a file lacks a column, has one twice, or one of another type than files before."""
@@ -214,9 +215,10 @@ class RowDataset(ABC):
             if name not in stored.names:
                 raise ValueError(f"{path} has no column {name!r}, it has {', '.join(stored.names)}: correct the name")
             of_column = stored.field(name).type
-            by_time = self.split.by == "time" and name in self.split.columns
             roles = {"ids": id_type(of_column)} if name in self.schema.categorical else {}
-            for role, kind in (roles | ({"time": time_type(of_column)} if by_time else {})).items():
+            if name in self.split.columns:
+                roles |= {"times": time_type(of_column)} if self.split.by == "time" else {"ids": id_type(of_column)}
+            for role, kind in roles.items():
                 if kind is None:  # the file has no value of it
                     continue
                 known, first = self._types.setdefault((name, role), (kind, path))
