@@ -1,4 +1,4 @@
-"""For `make docs`: README.md as the first page, and links to files of the repository, which the site does not have."""
+"""For `make docs`: README.md as the first page, its neighbours, and links to files that the site does not have."""
 
 import re
 from pathlib import Path
@@ -11,8 +11,9 @@ REPOSITORY = Path(__file__).parents[1]
 
 
 def on_files(files: Files, config: Any) -> Files:
-    readme = (REPOSITORY / "README.md").read_text().replace("](docs/", "](")
-    files.append(File.generated(config, "index.md", content=readme))
+    for name, page in {"README.md": "index.md", "CONTRIBUTING.md": None, "CHANGELOG.md": None}.items():
+        content = (REPOSITORY / name).read_text().replace("](docs/", "](")
+        files.append(File.generated(config, page or name, content=content))
     return files
 
 
