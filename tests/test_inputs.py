@@ -355,6 +355,22 @@ def test_loopback_connections_go_through_no_proxy(monkeypatch: pytest.MonkeyPatc
     assert [address for address, given in options.items() if given.get("grpc.enable_http_proxy") == 0] == loopback
 
 
+def test_requests_take_integers_of_any_width() -> None:
+    from torchrec import KeyedJaggedTensor
+
+    from torchrec_lma.serving.client import make_request
+
+    def sent(dtype: torch.dtype) -> bytes:
+        ids = KeyedJaggedTensor(["user"], torch.tensor([0, 1]).to(dtype), lengths=torch.tensor([1, 1]))
+        return make_request(torch.zeros(2, 1), ids).id_list_features.values
+
+    for dtype in (torch.int8, torch.uint8, torch.int16, torch.uint16, torch.uint32, torch.int64, torch.uint64):
+        assert sent(dtype) == sent(torch.int32)
+    for dtype in (torch.float32, torch.float64, torch.bool):
+        with pytest.raises(TypeError, match="expected integers"):
+            sent(dtype)
+
+
 def test_ids_of_another_type_have_another_fingerprint() -> None:
     from torchrec_lma.serving.contract import Contract, fingerprint_names
 

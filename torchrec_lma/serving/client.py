@@ -36,6 +36,7 @@ def make_request(
         id_type: int32 as the protocol says, or int64.
 
     Raises:
+        TypeError: ids that are not integers.
         ValueError: an id does not fit, naming feature, row and id; or the parts differ in the number of rows.
     """
     if id_type not in ID_TYPES:
@@ -56,6 +57,8 @@ def make_request(
 
 def _sparse(features: KeyedJaggedTensor, id_type: str) -> SparseFeatures:
     values = features.values().numpy(force=True)
+    if not np.issubdtype(values.dtype, np.integer):
+        raise TypeError(f"ids of {features.keys()} are {values.dtype}; expected integers, so that none is cut")
     range_ = np.iinfo(ID_TYPES[id_type])
     outside = np.flatnonzero((values < range_.min) | (values > range_.max))
     if outside.size:
