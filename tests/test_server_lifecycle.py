@@ -50,9 +50,9 @@ def untried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torchrec_lma.serving.model_store.try_model", nothing)
 
 
-def until(condition: Callable[[], bool]) -> None:
+def until(condition: Callable[[], bool], seconds: float = 60) -> None:
     """Waits for what must come."""
-    end = time.monotonic() + 60
+    end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not come"
         time.sleep(0.005)
@@ -501,8 +501,8 @@ def serve_process(*options: str) -> Iterator[tuple[subprocess.Popen, list[dict]]
         reader.join()
 
 
-def event(process: subprocess.Popen, log: list[dict], name: str, count: int = 1) -> dict:
-    until(lambda: sum(line["event"] == name for line in log) >= count or process.poll() is not None)
+def event(process: subprocess.Popen, log: list[dict], name: str, count: int = 1, seconds: float = 60) -> dict:
+    until(lambda: sum(line["event"] == name for line in log) >= count or process.poll() is not None, seconds)
     return [line for line in log if line["event"] == name][-1]
 
 

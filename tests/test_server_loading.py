@@ -96,8 +96,9 @@ def test_file_that_takes_too_long_is_refused(tmp_path: Path, monkeypatch: pytest
 def test_crash_of_what_tries_a_file_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save_model(tmp_path / "model.pt")
     monkeypatch.setattr(loading, "_TRY", "import os; os.abort()")
-    with pytest.raises(ValueError, match=r"model.pt ended the process that tried it by SIGABRT"):
-        asyncio.run(loading.try_model(path, None, CPU, 4))
+    said = pytest.raises(ValueError, match=r"model.pt ended the process that tried it by SIGABRT")
+    with said, path.open("rb") as file:
+        asyncio.run(loading.try_model(path, None, CPU, 4, file.fileno()))
 
 
 def test_model_that_loads_only_where_it_is_tried_is_left_behind(
@@ -152,7 +153,7 @@ def test_a_looping_file_keeps_neither_the_next_one_nor_the_end_waiting(tmp_path:
             time.sleep(4)  # into the loop, on a machine that is not busy; the rest holds anyhow
             if len([line for line in log if line["event"] == "model loaded"]) == 1:
                 save_model(path, bias=1)
-                event(process, log, "model loaded", 2)
+                event(process, log, "model loaded", 2, seconds=300)
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
         assert log[-1]["event"] == "stopped"

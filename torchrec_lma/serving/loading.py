@@ -30,16 +30,29 @@ def seconds_to_load(nbytes: int) -> float:
     return LOAD_SECONDS + nbytes / LOAD_BYTES_PER_SECOND
 
 
-async def try_model(path: Path, counts: Sequence[int] | None, device: torch.device, warm_up_rows: int) -> None:
+def source_of(descriptor: int) -> Path:
+    return Path(f"/dev/fd/{descriptor}")
+
+
+async def try_model(
+    path: Path, counts: Sequence[int] | None, device: torch.device, warm_up_rows: int, descriptor: int
+) -> None:
     """Loads a model, checks and warms it up in a process of its own, which is gone when this returns or is cancelled.
+
+    Args:
+        path: for messages.
+        counts, device, warm_up_rows: as of `Model`.
+        descriptor: of the file, open for reading.
 
     Raises:
         FileChanged: it was replaced or written meanwhile.
         ValueError: it cannot be served, took longer than `seconds_to_load`, or made the process crash.
     """
-    seconds = seconds_to_load(Stamp.of(path).check(path).size)
+    source = source_of(descriptor)
+    seconds = seconds_to_load(Stamp.of(source).check(path).size)
     arguments = {
-        "path": str(path.absolute()),
+        "path": str(path),
+        "source": str(source),
         "counts": counts,
         "device": str(device),
         "warm_up_rows": warm_up_rows,
@@ -51,6 +64,7 @@ async def try_model(path: Path, counts: Sequence[int] | None, device: torch.devi
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.PIPE,
+        pass_fds=[descriptor],
     )
     try:
         _, output = await process.communicate(json.dumps(arguments).encode())
@@ -70,13 +84,13 @@ async def try_model(path: Path, counts: Sequence[int] | None, device: torch.devi
         raise ValueError(message)
 
 
-def try_here(path: str, counts: Sequence[int] | None, device: str, warm_up_rows: int) -> int | str:
+def try_here(path: str, source: str, counts: Sequence[int] | None, device: str, warm_up_rows: int) -> int | str:
     """What the process does: exits with 0, or with the message."""
     torch.set_num_threads(1)
     with suppress(OSError):  # if memory runs out it shall be this process that is killed, and not the server
         Path("/proc/self/oom_score_adj").write_text("1000")
     try:
-        Model(Path(path), counts, torch.device(device), warm_up_rows)
+        Model(Path(path), counts, torch.device(device), warm_up_rows, Path(source))
     except FileChanged as error:
         print(error, file=sys.stderr)
         return _CHANGED

@@ -55,6 +55,7 @@ class Model:
         counts: of the features of each kind, if the file does not say; else they must agree with it.
         device: where to compute.
         warm_up_rows: the batch size that it is warmed up for.
+        source: what to read in place of `path`, such as a descriptor of it: the same file, whatever has its name now.
 
     Raises:
         ValueError: the file is damaged, is no TorchScript module, or does not keep the contract; says which.
@@ -62,23 +63,29 @@ class Model:
     """
 
     def __init__(
-        self, path: Path, counts: Sequence[int] | None, device: torch.device, warm_up_rows: int = 1024
+        self,
+        path: Path,
+        counts: Sequence[int] | None,
+        device: torch.device,
+        warm_up_rows: int = 1024,
+        source: Path | None = None,
     ) -> None:
         self.path = path
-        self.stamp = Stamp.of(path).check(path)
+        source = source or path
+        self.stamp = Stamp.of(source).check(path)
         self._device = device
         extra = {METADATA_FILE: ""}
         try:
-            with zipfile.ZipFile(path) as archive:
+            with zipfile.ZipFile(source) as archive:
                 _check_sizes(archive.infolist(), self.stamp.size)
                 damaged = archive.testzip()  # torch does not look at the checksums
             if damaged is not None:
                 raise ValueError(f"{damaged} in it does not match its checksum")
-            self._module = torch.jit.load(str(path), map_location=device, _extra_files=extra).eval()
+            self._module = torch.jit.load(str(source), map_location=device, _extra_files=extra).eval()
         except (RuntimeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             what = _first_line(error) or type(error).__name__
             raise ValueError(f"{path} is truncated, damaged or no TorchScript model ({what})") from error
-        if Stamp.of(path) != self.stamp:
+        if Stamp.of(source) != self.stamp:
             raise FileChanged(f"{path} changed while it was read: write models beside it and rename them")
         if extra[METADATA_FILE]:
             self.contract = Contract.from_json(extra[METADATA_FILE])

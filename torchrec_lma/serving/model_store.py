@@ -1,18 +1,21 @@
 """The model of a file, and its exchange when the file changes."""
 
 import asyncio
+import os
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
 import torch
 
-from torchrec_lma.serving.loading import seconds_to_load, try_model
+from torchrec_lma.serving.loading import seconds_to_load, source_of, try_model
 from torchrec_lma.serving.model import FileChanged, Model, Stamp
 
-ATTEMPTS = 3  # to read a file that is replaced meanwhile
-LOOK_SECONDS = 1.0  # between two looks whether it is
+ATTEMPTS = 3  # to read a file that is written meanwhile
+LOOK_SECONDS = 1.0  # between two looks at the file while it is tried
+REPLACE_SECONDS = 30.0  # after which it is no longer tried if another has taken its place
 
 
 class ModelStore:
@@ -59,31 +62,39 @@ class ModelStore:
         async with self._loading:
             for again in reversed(range(ATTEMPTS)):
                 self._tried = Stamp.of(self._path)
+                descriptor = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would let it wait
                 try:
-                    await self._try()
-                    self.current = await self._read()
+                    await self._try(descriptor)
+                    self.current = await self._read(descriptor)
                     break
                 except FileChanged:
                     if not again:
                         raise
+                finally:
+                    os.close(descriptor)
             return self.current
 
-    async def _try(self) -> None:
-        """Ends early where the file is replaced: the next one does not wait for what may take for ever."""
-        trying = asyncio.create_task(try_model(self._path, *self._arguments))
+    async def _try(self, descriptor: int) -> None:
+        """Gives up where it takes long and the file is replaced: the next one shall not wait for what may never end."""
+        trying = asyncio.create_task(try_model(self._path, *self._arguments, descriptor))
+        started = time.monotonic()
         try:
             while not trying.done():
                 await asyncio.wait({trying}, timeout=LOOK_SECONDS)
-                if Stamp.of(self._path) != self._tried:
-                    raise FileChanged(
-                        f"{self._path} changed while it was tried: write models beside it and rename them"
-                    )
+                if time.monotonic() > started + REPLACE_SECONDS and self._is_replaced():
+                    raise FileChanged(f"{self._path} took long to load and was replaced meanwhile")
         finally:
             trying.cancel()
             await asyncio.gather(trying, return_exceptions=True)  # until its process is gone
         trying.result()
 
-    async def _read(self) -> Model:
+    def _is_replaced(self) -> bool:
+        try:
+            return Stamp.of(self._path) != self._tried
+        except OSError:  # between removal and replacement
+            return False
+
+    async def _read(self, descriptor: int) -> Model:
         """The file's model. Should it not end here, unlike where it was tried, its thread is left behind."""
         seconds = seconds_to_load(self._tried.size)
         result: Future[Model] = Future()
@@ -91,16 +102,13 @@ class ModelStore:
 
         def read() -> None:
             try:
-                result.set_result(Model(self._path, *self._arguments))
+                result.set_result(Model(self._path, *self._arguments, source_of(descriptor)))
             except BaseException as error:
                 result.set_exception(error)
 
         # Not an executor's thread: Python would wait for it at its end.
         threading.Thread(target=read, name="load", daemon=True).start()
         try:
-            model = await asyncio.wait_for(asyncio.wrap_future(result), seconds)
+            return await asyncio.wait_for(asyncio.wrap_future(result), seconds)
         except TimeoutError:
             raise ValueError(f"{self._path} did not load within {seconds:.0f} s") from None
-        if model.stamp != self._tried:
-            raise FileChanged(f"{self._path} changed after it was tried: write models beside it and rename them")
-        return model
