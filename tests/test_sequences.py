@@ -1,6 +1,7 @@
 """The unsharded unpooled collection: outputs as TorchRec's, gradients, its life, conversion, serving, bad input."""
 
 import copy
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -8,6 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torchrec import EmbeddingBagConfig, EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor
+from torchrec.distributed.global_settings import set_propogate_device
+from torchrec.distributed.planner import ParameterConstraints
+from torchrec.inference.modules import shard_quant_model
 from torchrec.quant.embedding_modules import EmbeddingCollection as QuantEmbeddingCollection
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
@@ -291,6 +295,38 @@ def test_quantized_and_scripted_vectors_are_those_of_the_stored_rows(dtype: str,
         wanted = model(batch(seed))
         given = scripted(batch(seed))
         assert all(torch.equal(given[name], value) for name, value in wanted.items())
+
+
+@pytest.fixture
+def on_the_cpu() -> Iterator[None]:
+    """What TorchRec's sharded quantized tables need on the CPU."""
+    set_propogate_device(True)
+    yield
+    set_propogate_device(False)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("on_the_cpu")
+@pytest.mark.parametrize("sharding", ["table_wise", "row_wise"])
+def test_quantized_vectors_are_sharded_as_torchrec_shards_them(sharding: str) -> None:
+    model = quantize(Model(collection()), torch.int8)
+    expected = [model(batch(seed)) for seed in range(3)]
+    only = ParameterConstraints(sharding_types=[sharding], compute_kernels=["quant"])
+    weights = {key: value for key, value in model.state_dict().items() if ".tbes." not in key}
+    sharded, plan = shard_quant_model(
+        model,
+        world_size=2,
+        compute_device="cpu",
+        sharding_device="cpu",
+        constraints=dict.fromkeys(model.ec.stored_tables(), only),
+    )
+    sharded.load_state_dict(weights, strict=False)
+    assert {each.sharding_type for of_levels in plan.plan.values() for each in of_levels.values()} == {sharding}
+    found = [sharded(batch(seed)) for seed in range(3)]
+    scripted = script(sharded)
+    for seed, wanted in enumerate(expected):
+        for out in (found[seed], scripted(batch(seed))):
+            assert all(torch.equal(out[name], value) for name, value in wanted.items())
 
 
 # Errors.
