@@ -377,11 +377,13 @@ def test_own_rows_of_a_vocabulary_sorted_by_frequency_are_the_ids_themselves() -
 @pytest.mark.parametrize("unseen_first", [0, 1, 3])
 def test_vocabularies_sorted_by_frequency_need_no_bitmap(compression: float, unseen_first: int) -> None:
     """Their rows are those that bitmaps of the same owners would give."""
-    tables = [table(name, dim=16, num_embeddings=size) for name, size in (("user", 300), ("item", 200), ("tag", 100))]
+    tables = [
+        table(name, dim=16, num_embeddings=size) for name, size in (("user", 3000), ("item", 2000), ("tag", 1000))
+    ]
     builder = AllocationBuilder(tables, LMAConfig(compression, skew=1), whole_fraction=0.0)
     for i, each in enumerate(tables):
         ids = np.arange(unseen_first, each.num_embeddings - 20)
-        counts = 1 + 5000 * (i + 1) // (ids + 1)
+        counts = 1 + 50000 * (i + 1) // (ids + 1)
         counts[ids == 0] = (1, 40, 9000)[i]  # id 0 stands for all that is unknown
         builder.add_counts(each.name, ids, counts)
     allocation = builder.build()

@@ -50,7 +50,7 @@ def test_to_dict_has_every_field() -> None:
         "memory_bytes": 1 << 40,
         "widths": None,
         "data_type": None,
-        "skew": 0.25,
+        "skew": 0.0,
         "seed": 0,
         "raw_ids": False,
     }
@@ -81,7 +81,7 @@ def test_different_settings_are_different_configurations() -> None:
         LMAConfig(compression=16, widths=(4, 4)),
         LMAConfig(compression=16, widths={8: (4, 4)}),
         LMAConfig(compression=16, data_type="FP32"),
-        LMAConfig(compression=16, skew=0),
+        LMAConfig(compression=16, skew=0.5),
         LMAConfig(compression=16, seed=1),
         LMAConfig(compression=16, raw_ids=True),
         LMAConfig(compression=16, raw_ids=("a",)),

@@ -39,8 +39,9 @@ def learned() -> LMAEmbeddingBagCollection:
     allocation = builder.update(
         KeyedJaggedTensor(
             keys=["f_tiny", "f_user"],
-            values=torch.cat([ids[:9], ids]),
-            lengths=torch.cat([(ids < 9).long(), torch.ones_like(ids)]),
+            # User 5 occurs twice, so that they are not in order of frequency.
+            values=torch.cat([ids[:9], ids, torch.tensor([5])]),
+            lengths=torch.cat([(ids < 9).long(), 1 + (ids == 999).long()]),
         )
     ).build()
     assert allocation.whole == ("tiny",)

@@ -23,7 +23,7 @@ def workload_of(name: str, pooling: int) -> tuple[Workload, Allocation]:
     sizes = tuple(max(2, size // 4) for size in SIZES[name])
     workload = Workload(sizes, pooling, batch_size=32)
     allocation = build(workload, LMAConfig(compression=16))
-    assert all(level.rows for memory in allocation.memories for level in memory.levels)
+    assert all(sum(level.rows > 0 for level in memory.levels) > 1 for memory in allocation.memories)
     return workload, allocation
 
 
@@ -48,7 +48,7 @@ def test_a_row_of_a_level_is_sent_once_in_32_bits(name: str) -> None:
             of_level = ebc.rows(table.name, batch[f"f{i}"].values())
             expected += sum(4 * int((rows >= 0).sum()) for rows in of_level.values())
             levels = [level for m in allocation.memories if table.name in m.tables for level in m.levels]
-            keys = sum(level.pack for level in levels) if levels else 1
+            keys = sum(level.pack for level in levels if level.rows) if levels else 1
             expected += 4 * workload.batch_size * keys  # lengths
     # Beside these each rank tells each how much is coming, of any table alike.
     splits = sent(name, 3, "table_wise", False).input - full
@@ -69,16 +69,18 @@ def test_parts_add_up_to_what_a_rank_sends() -> None:
 
 
 @pytest.mark.parametrize("sharding", SHARDING_TYPES)
-@pytest.mark.parametrize(("name", "pooling"), [("criteo", 1), ("criteo", 20), ("equal", 20)])
+@pytest.mark.parametrize(("name", "pooling"), [("criteo", 1), ("criteo", 20), ("equal", 1), ("equal", 20)])
 def test_input_is_at_most_half_more_than_that_of_full_tables(name: str, pooling: int, sharding: str) -> None:
-    """Not so of equal tables with one id a bag, whose levels have as many lengths as rows: see docs/sharding.md."""
     assert sent(name, pooling, sharding, True).input <= 1.5 * sent(name, pooling, sharding, False).input
 
 
 @pytest.mark.parametrize("sharding", ["table_wise", "row_wise"])
 @pytest.mark.parametrize("qcomm", ["fp32", "fp16"])
 def test_output_is_as_large_as_that_of_full_tables(sharding: str, qcomm: str) -> None:
+    """But for the columns of levels on which nobody has a row."""
     full, lma = (sent("equal", 1, sharding, kind, qcomm) for kind in (False, True))
-    assert (lma.output, lma.backward) == (full.output, full.backward)
+    (memory,) = workload_of("equal", 1)[1].memories
+    columns = sum(level.width for level in memory.levels if level.rows)
+    assert (lma.output, lma.backward) == (full.output * columns // 64, full.backward * columns // 64)
     if qcomm == "fp16":
         assert lma.output < 0.7 * sent("equal", 1, sharding, True).output

@@ -26,11 +26,12 @@ class LMAConfig:
             full sizes.
         widths: columns of each level, first to last; they add up to the embedding dim. For tables of several dims a
             mapping from dim to widths. None chooses: the first as wide as half of the budget allows to every id, then
-            four times the columns with each. See `torchrec_lma.allocation.layout.default_widths`.
+            twice the columns with each. See `torchrec_lma.allocation.layout.default_widths`.
         data_type: of the weights of levels and whole tables: FP32, FP16 or BF16, a DataType or its name. None is FP16,
             which buys more accuracy at equal bytes than FP32 does.
         skew: an id that occurs n times earns columns in proportion to n ** skew, as in mixed dimension embeddings
-            (Ginart et al., arXiv 1909.11810). 0 gives all ids the same, more gives more to the frequent ones.
+            (Ginart et al., arXiv 1909.11810). With 0 all ids earn the same, and what does not suffice for another level
+            for all goes to the most frequent. More gives more columns to fewer ids.
         raw_ids: the tables whose ids are any 64-bit integers: their names, or True for all. The ids of the others are a
             vocabulary, 0 <= id < num_embeddings, as TorchRec's tables take them; that costs fewer bytes and less time.
         seed: of every hash. Two collections with the same seed, tables and allocation have the same rows.
@@ -47,7 +48,7 @@ class LMAConfig:
     memory_bytes: int | None = None
     widths: tuple[int, ...] | tuple[tuple[int, tuple[int, ...]], ...] | None = None
     data_type: str | None = None
-    skew: float = 0.25
+    skew: float = 0.0
     seed: int = 0
     raw_ids: bool | tuple[str, ...] = False
 

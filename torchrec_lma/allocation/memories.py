@@ -165,13 +165,18 @@ class MemoryBuilder:
         }
 
     def _signature_bytes(self, of: Candidates, sharing: Tensor, budget: int) -> int:
-        """What to keep for the signatures of some ids: their share of the budget, or what all of them would take."""
+        """What to keep for the signatures of some ids: their share of the budget, or what all of them would take.
+
+        Nothing where the share is too small for the set of who has one.
+        """
         eligible = sharing[of.ids.eligible[sharing]]
         if eligible.numel() == 0:
             return 0
-        values_bytes = 4 * self._num_values(of.ids.table[eligible]) * eligible.numel()
-        at_most = _set_bytes(eligible.numel(), of.n_positions) + values_bytes
-        return min(at_most, int(self.signature_fraction * budget))
+        each = 4 * self._num_values(of.ids.table[eligible])
+        share = int(self.signature_fraction * budget)
+        if share < _set_bytes(1, of.n_positions) + each:
+            return 0
+        return min(share, _set_bytes(eligible.numel(), of.n_positions) + each * eligible.numel())
 
     def _num_values(self, tables: Tensor) -> int:
         """The largest K of the sources of some tables, given by number."""
