@@ -117,8 +117,8 @@ def padding_bytes(widths: Sequence[int], value_bytes: int) -> int:
 def default_widths(dim: int, first: int) -> tuple[int, ...]:
     """Level widths that add up to `dim`: from `first` on twice the columns with each.
 
-    Of 64 columns from 4: 4, 4, 8, 16, 32; from 1: 1, 1, 2, 4, 8, 16, 32. All are widths that a kernel takes. A level more
-    is a look-up more for the ids that have it.
+    Of 64 columns from 4: 4, 4, 8, 16, 32; from 1: 1, 1, 2, 4, 8, 16, 32. All are widths that a kernel takes. A level
+    more is a look-up more for the ids that have it.
     """
     widths: list[int] = []
     left = dim
