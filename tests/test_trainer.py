@@ -102,7 +102,8 @@ def test_what_is_no_number_ends_the_run_and_is_not_saved(
     if where == "logit":
         validation = outputs([bad, 0.0], [1, 0])
     splits = {"train": train, "validation": [validation], "test": [GOOD]}
-    for saves in ([], None):  # with checkpoints and without
+    either: list[list[int] | None] = [[], None]  # with checkpoints and without
+    for saves in either:
         made = trainer(splits, saves)
         if where == "weight":
             nn.init.constant_(made.model.weight, bad)
