@@ -204,23 +204,24 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     names = sorted({row["data"] for row in rows})
-    figure, axes = pyplot.subplots(2, len(names), figsize=(5 * len(names), 8), squeeze=False)
+    methods = [method for method in METHODS if any(row["method"] == method for row in rows)]
+    figure, axes = pyplot.subplots(2, len(names), figsize=(4 * len(names), 7), squeeze=False)
+    lines = {}
     for column, data in enumerate(names):
-        for method in METHODS:
+        for number, method in enumerate(methods):
             line = sorted((r for r in rows if r["data"] == data and r["method"] == method), key=lambda r: r["bytes"])
             for axis, metric in zip(axes[:, column], ("test_auc", "test_log_loss")):
-                if not line:
-                    continue
-                x, y = [r["bytes"] for r in line], [r[metric] for r in line]
-                if method == "full":
-                    axis.axhline(y[0], color="black", linestyle=":", label=method)
-                else:
-                    error = [r[f"{metric}_error"] or 0 for r in line]
-                    axis.errorbar(x, y, error, marker="o", label=method, linewidth=3 if method == "LMA" else 1)
                 axis.set(xscale="log", xlabel="bytes", ylabel=metric.replace("_", " "), title=data)
-    axes[0, 0].legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
+                if line and method == "full":
+                    lines[method] = axis.axhline(line[0][metric], color="black", linestyle=":")
+                elif line:
+                    x, y = [r["bytes"] for r in line], [r[metric] for r in line]
+                    error = [r[f"{metric}_error"] or 0 for r in line]
+                    width = 3 if method == "LMA" else 1
+                    lines[method] = axis.errorbar(x, y, error, marker="o", color=f"C{number}", linewidth=width)
+    figure.legend(list(lines.values()), list(lines), loc="lower center", ncols=len(lines), fontsize=8)
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
+    figure.savefig(path, dpi=80)
 
 
 def as_table(rows: list[dict[str, Any]]) -> str:
