@@ -109,6 +109,7 @@ def test_the_metadata_names_the_features(tmp_path: Path) -> None:
         "float_features": ["a", "b", "c"],
         "id_list_features": IDS,
         "id_score_list_features": SCORED,
+        "string_features": [],
         "dtype": "fp16",
         "allocation_fingerprint": ",".join(fingerprints),
     }

@@ -89,7 +89,7 @@ def collection(
     pooling: PoolingType = PoolingType.SUM, is_weighted: bool = False, prefix: str = "t", **config
 ) -> LMAEmbeddingBagCollection:
     """Weights like trained ones: normal, levels of different spread."""
-    config = LMAConfig(**{"compression": 5, "seed": 2, "widths": NARROW, **config})
+    config = LMAConfig(**{"compression": 5, "seed": 2, "widths": NARROW, "skew": 0.25, **config})
     allocation = make_allocation(config, prefix)
     ebc = LMAEmbeddingBagCollection(make_tables(pooling, prefix), allocation, is_weighted)
     generator = torch.Generator().manual_seed(1)

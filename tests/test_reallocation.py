@@ -16,7 +16,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec_lma import Allocation, AllocationBuilder, LMAConfig, LMAEmbeddingBagCollection, reallocate
 from torchrec_lma.allocation import RowsMinHash
 
-CONFIG = LMAConfig(compression=5, data_type="FP32", seed=3, raw_ids=("t_user",))
+CONFIG = LMAConfig(compression=5, data_type="FP32", skew=0.25, seed=3, raw_ids=("t_user",))
 TABLES = [
     EmbeddingBagConfig(name="t_user", num_embeddings=80, embedding_dim=8, feature_names=["user"]),
     EmbeddingBagConfig(name="t_item", num_embeddings=40, embedding_dim=8, feature_names=["item"]),
@@ -50,7 +50,7 @@ def trained(made_with: Allocation | None = None) -> LMAEmbeddingBagCollection:
 
 NEW_CONFIGS = {
     "same config": CONFIG,
-    "larger": replace(CONFIG, compression=4),
+    "larger": replace(CONFIG, compression=4.7),
     "other widths": replace(CONFIG, widths={8: (2, 2, 4), 12: (1, 1, 2, 8)}),
     "other kinds of ids": replace(CONFIG, raw_ids=True),
     "other seed": replace(CONFIG, seed=8),
@@ -180,7 +180,7 @@ def test_what_cannot_be_reallocated_is_refused() -> None:
         reallocate(
             trained(), allocation(2), {"t_user": IDS["t_user"], "t_item": IDS["t_item"], "t_night": IDS["t_day"]}
         )
-    with pytest.raises(TypeError, match="'t_user' are torch.float32"):
+    with pytest.raises(TypeError, match="'t_user' has ids of torch.float32"):
         reallocate(trained(), allocation(2), {**IDS, "t_user": torch.rand(4)})
     with pytest.raises(ValueError, match="expected one weight for each of its 30 ids"):
         reallocate(trained(), allocation(2), IDS, {"t_day": torch.ones(4)})

@@ -38,7 +38,7 @@ SLOTS = {
 }
 CONFIGS = {
     "own": LMAConfig(compression=2.5, data_type="FP32"),
-    "narrow": LMAConfig(compression=2.5, widths=(1, 1, 2, 4, 8), data_type="FP32"),
+    "narrow": LMAConfig(compression=2.5, widths=(1, 1, 2, 4, 8), data_type="FP32", skew=0.25),
     "raw ids": LMAConfig(compression=4, raw_ids=("t_user",), data_type="FP32"),
 }
 
