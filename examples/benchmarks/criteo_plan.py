@@ -115,14 +115,14 @@ def sketched(tables: list[EmbeddingBagConfig], config: LMAConfig) -> Allocation:
 
 
 def scaled(memory: MemoryAllocation, sizes: dict[str, int]) -> MemoryAllocation:
-    """SCALE times the rows, and bitmaps of that size in which nobody is marked: a plan does not look into them."""
+    """SCALE times the rows, and of as many of the ids, which are sorted by frequency."""
     levels, tensors = [], {}
     positions = sum(sizes[table] for table in memory.tables)
     for k, level in enumerate(memory.levels):
-        words = f"owners.{k}.words" in memory.tensors
-        own_rows = min(level.own_rows * SCALE, positions) if words or not level.own_rows else positions
-        if words:
-            tensors[f"owners.{k}.words"] = torch.zeros(-(-positions // 64), dtype=torch.int64)
+        name = f"owners.{k}.ranges"
+        own_rows = min(level.own_rows * SCALE, positions) if name in memory.tensors or not level.own_rows else positions
+        if name in memory.tensors:
+            tensors[name] = memory.tensors[name] * SCALE
         levels.append(replace(level, own_rows=own_rows, shared_rows=level.shared_rows * SCALE))
         positions = own_rows
     return replace(memory, levels=tuple(levels), tensors=tensors)
