@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -68,6 +69,9 @@ def install(fault: Fault) -> None:
 if __name__ == "__main__":
     import train
 
+    # Ignored where the tests run in the background of a shell, or under nohup, which the trainer respects.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if "FAULT" in os.environ:
         install(Fault(**json.loads(os.environ["FAULT"])))
     try:

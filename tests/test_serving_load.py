@@ -42,7 +42,7 @@ def test_load_is_measured_for_each_model(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_soak_finds_no_wrong_answer(tmp_path: Path) -> None:
-    result = run(tmp_path, "--soak", "0.2", "--swap-seconds", "2")
+    result = run(tmp_path, "--soak", "0.5", "--swap-seconds", "2")
     assert result["right"] > 100
     assert result["bad_refused"] > 5
     assert result["models_loaded"] > 2
