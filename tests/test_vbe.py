@@ -88,7 +88,7 @@ def test_types_without_vbe_say_what_they_say_of_plain_tables(allocation: Allocat
     world_size = sizes.pop("world_size")
     said = run(outcome_of_lma, world_size, allocation, sharding, **sizes)
     assert said == run(outcome_of_plain, world_size, allocation, sharding, **sizes)
-    assert "done" not in said
+    assert sharding == "grid_shard" or "done" not in said  # torchrec 1.9 takes VBE under grid sharding
 
 
 def pooled_in_another_order(allocation: Allocation) -> tuple[Tensor, Tensor, list[str]]:
