@@ -98,9 +98,10 @@ class MemoryBuilder:
             levels, tensors, owns = place_owners(levels, of.ids.keys[seen], positions, of.n_positions)
             owners = seen[owns]
         signed = self._sign(levels, of, sharing, signature_bytes, tensors)
+        agreeing = signed[_agreeing(tensors["signatures"])] if signed.numel() else signed
         for table in layout.tables:
             occurrences = max(int(parts[table.name].count.sum()), 1)
-            record[table.name] |= self._record(table.name, occurrences, levels, of, owners, signed, tensors)
+            record[table.name] |= self._record(table.name, occurrences, levels, of, owners, signed, agreeing)
         return new_memory(layout, levels, tensors)
 
     def _candidates(
@@ -147,12 +148,11 @@ class MemoryBuilder:
         of: Candidates,
         owners: Tensor,
         signed: Tensor,
-        tensors: Mapping[str, Tensor],
+        agreeing: Tensor,
     ) -> dict[str, Any]:
-        """What became of a table's ids."""
+        """What became of a table's ids; those `agreeing` have a signature that agrees with another one."""
         here = of.ids.table == self._number(table)
         own_of_level = [owners[: level.own_rows][here[owners[: level.own_rows]]] for level in levels]
-        agreeing = _agreeing(tensors["signatures"]) if signed.numel() else torch.zeros(0, dtype=torch.bool)
         return {
             "own": [own.numel() for own in own_of_level],
             # Of the occurrences of the table's ids: what a planner should know of a level.
@@ -161,7 +161,7 @@ class MemoryBuilder:
                 for level, own in zip(levels, own_of_level)
             ],
             "with_signature": int(here[signed].sum()),
-            "sharing_by_signature": int(here[signed[agreeing]].sum()),
+            "sharing_by_signature": int(here[agreeing].sum()),
         }
 
     def _signature_bytes(self, of: Candidates, sharing: Tensor, budget: int) -> int:
