@@ -21,6 +21,7 @@ from sharded_model import (
     optimizer_step,
     options,
     planned,
+    side_by_side,
     train,
     whole,
 )
@@ -137,15 +138,7 @@ class Reference(nn.Module):
         self.head.load_state_dict({name: state[f"head.{name}"] for name in ("over.weight", "over.bias")})
 
     def vectors(self, table: str, ids: Tensor) -> Tensor:
-        columns = []
-        for level, rows in self.ec.rows(table, ids).items():
-            width = self.widths.get(level, DIM)
-            if level in self.weights:
-                values = self.weights[level].view(-1, width)[rows.clamp(min=0)]
-                columns.append(values * (rows >= 0).unsqueeze(1))
-            else:
-                columns.append(torch.zeros(len(ids), width))
-        return torch.cat(columns, 1)
+        return side_by_side(self.ec.rows(table, ids), self.weights, self.widths, DIM)
 
     def sequences(self, batch: Batch) -> dict[str, JaggedTensor]:
         found = {}

@@ -179,6 +179,21 @@ def initial_state(allocation: Allocation) -> dict[str, Tensor]:
 # --- the reference: one process, plain torch indexing and autograd, optimizers written out -------------------------
 
 
+def side_by_side(
+    rows: Mapping[str, Tensor], weights: Mapping[str, Tensor], widths: Mapping[str, int], dim: int
+) -> Tensor:
+    """Embeddings, given the rows of ids by level, the weights of those that have some, and widths (else the dim)."""
+    columns = []
+    for level, of_level in rows.items():
+        width = widths.get(level, dim)
+        if level in weights:
+            values = weights[level].view(-1, width)[of_level.clamp(min=0)]
+            columns.append(values * (of_level >= 0).unsqueeze(1))
+        else:
+            columns.append(torch.zeros(len(of_level), width))
+    return torch.cat(columns, 1)
+
+
 class Reference(nn.Module):
     """Embeddings of ids are the rows of their levels side by side, zeros where they are absent."""
 
@@ -197,15 +212,7 @@ class Reference(nn.Module):
         self.over.load_state_dict({"weight": state["over.weight"], "bias": state["over.bias"]})
 
     def embeddings(self, table: str, ids: Tensor) -> Tensor:
-        columns = []
-        for level, rows in self.ebc.rows(table, ids).items():
-            width = self.widths.get(level, TABLES[table][1])
-            if level in self.weights:
-                values = self.weights[level].view(-1, width)[rows.clamp(min=0)]
-                columns.append(values * (rows >= 0).unsqueeze(1))
-            else:
-                columns.append(torch.zeros(len(ids), width))
-        return torch.cat(columns, 1)
+        return side_by_side(self.ebc.rows(table, ids), self.weights, self.widths, TABLES[table][1])
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         inputs = [batch.dense_features]
