@@ -10,7 +10,6 @@ on a GPU only is left out on a CPU, and said. A check that fails does not stop t
 import argparse
 import json
 import platform
-import statistics
 import sys
 import tempfile
 import time
@@ -25,8 +24,9 @@ import fbgemm_gpu  # noqa: F401  registers the operators of scripted tables
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from speed import WORKLOADS, Workload, build, measure, show
 from torch import Tensor, nn
-from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingConfig, KeyedJaggedTensor, PoolingType
+from torchrec import EmbeddingBagConfig, EmbeddingConfig, KeyedJaggedTensor, PoolingType
 from torchrec.datasets.utils import Batch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
@@ -46,7 +46,6 @@ from torchrec_lma import (
     get_default_sharders,
 )
 from torchrec_lma.quant import ServableModel, export, load_checkpoint, request
-from torchrec_lma.text_table import text_table
 
 CPU = torch.device("cpu")
 DIM, BATCH, STEPS, NUMBERS = 64, 512, 5, 3
@@ -315,61 +314,17 @@ def run_check(name: str, tolerance: float, check: Callable[[torch.device], float
     return Outcome(name, status, difference, tolerance, time.perf_counter() - started, said)
 
 
-def speeds(device: torch.device, seconds: float) -> list[dict[str, Any]]:
-    """Medians of a training step's milliseconds, tables and one layer, 26 features of a million ids (CPU: 10,000)."""
-    size, rows = (1_000_000, 8192) if device.type == "cuda" else (10_000, 512)
-    names = [f"f{k}" for k in range(26)]
-    configs = [
-        EmbeddingBagConfig(name=f"t_{name}", num_embeddings=size, embedding_dim=DIM, feature_names=[name])
-        for name in names
-    ]
-
-    def feed(seed: int) -> KeyedJaggedTensor:
-        random = torch.Generator().manual_seed(seed)
-        ids = (size * torch.rand(26 * rows, generator=random) ** 4).long()
-        return KeyedJaggedTensor(names, ids, lengths=torch.ones(26 * rows, dtype=torch.int32))
-
-    def allocated(data_type: str) -> Allocation:
-        builder = AllocationBuilder(configs, LMAConfig(compression=16, data_type=data_type))
-        for seed in range(100, 110):
-            builder.update(feed(seed))
-        return builder.build()
-
-    methods: dict[str, Callable[[], nn.Module]] = {
-        "full tables, FP32": lambda: EmbeddingBagCollection(configs, device=torch.device("meta")),
-        "LMA at 16x, FP16": lambda: LMAEmbeddingBagCollection(configs, allocated("FP16"), device=torch.device("meta")),
-        "LMA at 16x, FP32": lambda: LMAEmbeddingBagCollection(configs, allocated("FP32"), device=torch.device("meta")),
+def speeds(device: torch.device, repeats: int) -> list[dict[str, Any]]:
+    """Rows of speed.py: 26 equal tables (on a CPU small ones), LMA tables at 16x beside full ones."""
+    on_gpu = device.type == "cuda"
+    workload = Workload(WORKLOADS["equal"] if on_gpu else (10_000,) * 26, pooling=1, batch_size=8192 if on_gpu else 512)
+    allocations = {
+        f"LMA {data_type}": build(workload, LMAConfig(compression=16, data_type=data_type))
+        for data_type in ("FP16", "FP32")
     }
-    ready = [feed(seed).to(device) for seed in range(8)]
-    table = []
-    for name, make in methods.items():
-        dmp = sharded(nn.ModuleDict({"tables": make()}), device, "row-wise Adagrad")
-        forward: list[float] = []
-        both: list[float] = []
-        ends = time.perf_counter() + seconds
-        while len(both) < 8 or time.perf_counter() < ends:
-            features = ready[len(both) % len(ready)]
-            start = now(device)
-            pooled = dmp.module["tables"](features).wait().values()
-            middle = now(device)
-            pooled.sum().backward()
-            forward.append(1000 * (middle - start))
-            both.append(1000 * (now(device) - start))
-        table.append(
-            {
-                "tables": name,
-                "forward_ms": statistics.median(forward[3:]),
-                "forward_backward_ms": statistics.median(both[3:]),
-            }
-        )
-        del dmp
-    return table
-
-
-def now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+    how = argparse.Namespace(beside=["full", "hashing trick"], repeats=repeats, warm_up=5, threads=None)
+    how.device = device.type
+    return measure(workload, allocations, 1, how)
 
 
 def page(record: dict[str, Any]) -> str:
@@ -388,10 +343,9 @@ def page(record: dict[str, Any]) -> str:
         found = outcome["said"] if outcome["difference"] is None else f"{outcome['difference']:.2g}"
         numbers = f"{found} | {outcome['tolerance']:g} | {outcome['seconds']:.1f}"
         lines.append(f"| {outcome['check']} | {outcome['status']} | {numbers} |")
-    lines += ["", "| tables | forward, ms | forward and backward, ms |", "|---|---|---|"]
-    lines += [
-        f"| {row['tables']} | {row['forward_ms']:.2f} | {row['forward_backward_ms']:.2f} |" for row in record["speed"]
-    ]
+    if record["speed"]:
+        lines += ["", "26 tables of dim 64, minima, and minima / medians as ratios to full tables", "", "```"]
+        lines += [show(record["speed"]), "```"]
     return "\n".join(lines) + "\n"
 
 
@@ -409,7 +363,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write the two files")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="default: %(default)s")
-    parser.add_argument("--seconds", type=float, default=15, help="for each row of the speed table (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=20, help="of what is timed (default: %(default)s)")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch finds no CUDA GPU; --device cpu runs the checks that a CPU can, for form")
@@ -435,19 +389,10 @@ def main() -> int:
         write()
         shown = outcome.said if outcome.difference is None else f"{outcome.difference:.2g} of {tolerance:g}"
         print(f"{name}: {outcome.status} ({shown})", flush=True)
-    record["speed"] = speeds(device, args.seconds)
-    write()
-    header = ("tables", "forward, ms", "forward and backward, ms")
-    print(
-        text_table(
-            header,
-            [
-                tuple(value if isinstance(value, str) else f"{value:.2f}" for value in row.values())
-                for row in record["speed"]
-            ],
-        )
-    )
     dist.destroy_process_group()
+    record["speed"] = speeds(device, args.repeats)
+    write()
+    print(show(record["speed"]))
     return int(any(outcome["status"] == "failed" for outcome in record["checks"]))
 
 

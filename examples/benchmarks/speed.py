@@ -9,6 +9,7 @@ ratios to full tables.
     python examples/benchmarks/speed.py                              # both workloads, pooling 1 and 20, 1 and 2 ranks
     python examples/benchmarks/speed.py --workload equal --pooling 1 --world-size 1 --data-type FP16 FP32
     python examples/benchmarks/speed.py --id-space                   # the step as the id space grows at one memory
+    python examples/benchmarks/speed.py --device cuda --world-size 1 --batch-size 8192                # on a CUDA GPU
 """
 
 import argparse
@@ -129,7 +130,8 @@ def build(workload: Workload, config: LMAConfig) -> Allocation:
 
 
 def hashed(features: KeyedJaggedTensor, tables: list[EmbeddingBagConfig]) -> KeyedJaggedTensor:
-    ids = features.values().view(len(tables), -1) % torch.tensor([[t.num_embeddings] for t in tables])
+    sizes = torch.tensor([[t.num_embeddings] for t in tables], device=features.device())
+    ids = features.values().view(len(tables), -1) % sizes
     return KeyedJaggedTensor(features.keys(), ids.view(-1), lengths=features.lengths())
 
 
@@ -159,7 +161,9 @@ class Method:
         self.times.setdefault(what, []).append(seconds)
 
 
-def methods(workload: Workload, allocations: dict[str, Allocation], beside: Sequence[str]) -> list[Method]:
+def methods(
+    workload: Workload, allocations: dict[str, Allocation], beside: Sequence[str], device: torch.device
+) -> list[Method]:
     """LMA tables of each allocation, beside those of these names; the first is what the others are compared with."""
     meta = torch.device("meta")
     small = workload.tables(divide_by=COMPRESSION)
@@ -169,7 +173,7 @@ def methods(workload: Workload, allocations: dict[str, Allocation], beside: Sequ
         modules = {
             table.name: MCHManagedCollisionModule(
                 zch_size=table.num_embeddings,
-                device=torch.device("cpu"),
+                device=device,
                 input_hash_size=2**62,
                 eviction_interval=100,
                 eviction_policy=DistanceLFU_EvictionPolicy(),
@@ -193,18 +197,19 @@ def methods(workload: Workload, allocations: dict[str, Allocation], beside: Sequ
     return [method for method in (full, *lma, *rest) if method is not None]
 
 
-def shard(model: nn.Module, ebc: nn.Module, batch_size: int) -> DistributedModelParallel:
+def shard(model: nn.Module, ebc: nn.Module, batch_size: int, device: torch.device) -> DistributedModelParallel:
     apply_optimizer_in_backward(RowWiseAdagrad, ebc.parameters(), {"lr": 0.01})
     world_size = dist.get_world_size()
-    topology = Topology(world_size=world_size, local_world_size=get_local_size(world_size), compute_device="cpu")
+    local_size = get_local_size(world_size)
+    topology = Topology(world_size=world_size, local_world_size=local_size, compute_device=device.type)
     sharders = get_default_sharders()
     if isinstance(ebc, ManagedCollisionEmbeddingBagCollection):
         # Row-wise is the only type it has, and the planner does not plan that on the CPU.
         sharder = next(each for each in sharders if each.module_type is type(ebc))
         by_table = {name: row_wise(compute_kernel="fused") for name in sharder.shardable_parameters(ebc)}
-        sizes = {"world_size": world_size, "local_size": world_size, "device_type": "cpu"}
+        sizes = {"world_size": world_size, "local_size": world_size, "device_type": device.type}
         plan = ShardingPlan({"ebc": construct_module_sharding_plan(ebc, by_table, sharder=sharder, **sizes)})
-        return DistributedModelParallel(model, device=torch.device("cpu"), plan=plan, sharders=sharders)
+        return DistributedModelParallel(model, device=device, plan=plan, sharders=sharders)
     inner: Any = getattr(ebc, "levels", ebc)
     # Data-parallel tables would have no fused optimizer.
     constraints = {
@@ -213,35 +218,42 @@ def shard(model: nn.Module, ebc: nn.Module, batch_size: int) -> DistributedModel
     }
     planner = EmbeddingShardingPlanner(topology=topology, batch_size=batch_size, constraints=constraints)
     plan = planner.collective_plan(model, sharders, dist.GroupMember.WORLD)
-    return DistributedModelParallel(model, device=torch.device("cpu"), plan=plan, sharders=sharders)
+    return DistributedModelParallel(model, device=device, plan=plan, sharders=sharders)
 
 
-def time_embeddings(found: list[Method], workload: Workload, repeats: int, warm_up: int) -> None:
-    batches = [workload.batch(seed) for seed in range(8)]
+def time_embeddings(found: list[Method], workload: Workload, repeats: int, warm_up: int, device: torch.device) -> None:
+    batches = [workload.batch(seed).to(device) for seed in range(8)]
     models: list[tuple[Method, DistributedModelParallel, list[KeyedJaggedTensor]]] = []
     for method in found:
         ebc = method.tables()
-        model = shard(Pooled(ebc), ebc, workload.batch_size)
+        model = shard(Pooled(ebc), ebc, workload.batch_size, device)
         models.append((method, model, [method.prepare(batch) for batch in batches]))
     n_ids = batches[0].values().numel()
     for repeat in range(warm_up + repeats):
         for method, model, prepared in models:
             features = _fresh(prepared[repeat % len(prepared)])
-            start = time.perf_counter()
+            start = now(device)
             pooled = model(features)
-            forward = time.perf_counter() - start
+            forward = now(device) - start
             pooled.backward(torch.ones_like(pooled))
-            both = time.perf_counter() - start
+            both = now(device) - start
             remap = getattr(model.module.ebc, "remap", None)
             if remap is not None:
                 features = _fresh(prepared[repeat % len(prepared)])
-                start = time.perf_counter()
+                start = now(device)
                 remap(features)
                 if repeat >= warm_up:
-                    method.timed("remap_per_id", (time.perf_counter() - start) / n_ids)
+                    method.timed("remap_per_id", (now(device) - start) / n_ids)
             if repeat >= warm_up:
                 method.timed("forward", forward)
                 method.timed("forward_backward", both)
+
+
+def now(device: torch.device) -> float:
+    """Seconds, once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def _fresh(features: KeyedJaggedTensor) -> KeyedJaggedTensor:
@@ -249,15 +261,16 @@ def _fresh(features: KeyedJaggedTensor) -> KeyedJaggedTensor:
     return KeyedJaggedTensor(features.keys(), features.values(), lengths=features.lengths())
 
 
-def time_step(found: list[Method], workload: Workload, repeats: int, warm_up: int) -> None:
+def time_step(found: list[Method], workload: Workload, repeats: int, warm_up: int, device: torch.device) -> None:
     torch.manual_seed(0)
+    steps = 10 if device.type == "cuda" else 1  # for each time: a GPU is to run behind the host, as in training
     pipelines: list[tuple[Method, TrainPipelineSparseDist, Iterator[Batch]]] = []
     for method in found:
         ebc = method.tables()
         if isinstance(ebc, ManagedCollisionEmbeddingBagCollection):
             continue  # returns a tuple, which DLRM does not take
-        dlrm = DLRM(ebc, DENSE_FEATURES, [512, 256, DIM], [512, 512, 256, 1])
-        model = shard(DLRMTrain(dlrm), ebc, workload.batch_size)
+        dlrm = DLRM(ebc, DENSE_FEATURES, [512, 256, DIM], [512, 512, 256, 1], dense_device=device)
+        model = shard(DLRMTrain(dlrm), ebc, workload.batch_size, device)
         layers = dict(in_backward_optimizer_filter(model.named_parameters()))
         optimizer = CombinedOptimizer(
             [model.fused_optimizer, KeyedOptimizerWrapper(layers, lambda p: torch.optim.Adagrad(p, lr=0.01))]
@@ -267,32 +280,41 @@ def time_step(found: list[Method], workload: Workload, repeats: int, warm_up: in
             ready = [method.prepare(workload.batch(100 * dist.get_rank() + seed)) for seed in range(8)]
             dense = torch.rand(workload.batch_size, DENSE_FEATURES)
             labels = (torch.rand(workload.batch_size) < 0.3).float()
+            made = [Batch(dense, features, labels) for features in ready]
+            if device.type == "cuda":
+                made = [batch.pin_memory() for batch in made]
             while True:
-                for features in ready:
-                    yield Batch(dense, _fresh(features), labels)
+                for batch in made:
+                    yield Batch(batch.dense_features, _fresh(batch.sparse_features), batch.labels)
 
-        pipelines.append((method, TrainPipelineSparseDist(model, optimizer, torch.device("cpu")), batches()))
+        pipelines.append((method, TrainPipelineSparseDist(model, optimizer, device), batches()))
     for repeat in range(warm_up + repeats):
         for method, pipeline, iterator in pipelines:
             dist.barrier()
-            start = time.perf_counter()
-            pipeline.progress(iterator)
+            start = now(device)
+            for _ in range(steps):
+                pipeline.progress(iterator)
             if repeat >= warm_up:
-                method.timed("step", time.perf_counter() - start)
+                method.timed("step", (now(device) - start) / steps)
 
 
 def _on_rank(rank: int, world_size: int, store: str, allocations: str, job: dict[str, Any], results: str) -> None:
     torch.set_num_threads(job["threads"] or max(1, (os.cpu_count() or 1) // world_size))
     os.environ |= {"LOCAL_WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank), "RANK": str(rank)}
     os.environ["WORLD_SIZE"] = str(world_size)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    device = torch.device("cpu")
+    if job["device"] == "cuda":
+        device = torch.device("cuda", rank)
+        torch.cuda.set_device(device)
+    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=world_size)
     workload = Workload(**job["workload"])
     loaded = {name: Allocation.load(Path(allocations) / f"{i}.lma") for i, name in enumerate(job["allocations"])}
-    found = methods(workload, loaded, job["beside"])
+    found = methods(workload, loaded, job["beside"], device)
     if world_size == 1:
-        time_embeddings(found, workload, job["repeats"], job["warm_up"])
+        time_embeddings(found, workload, job["repeats"], job["warm_up"], device)
         gc.collect()
-    time_step(found, workload, max(5, job["repeats"] // 2), job["warm_up"])
+    time_step(found, workload, max(5, job["repeats"] // 2), job["warm_up"], device)
     if rank == 0:
         Path(results).write_text(json.dumps({method.name: method.times for method in found}))
     dist.destroy_process_group()
@@ -310,6 +332,7 @@ def measure(workload: Workload, allocations: dict[str, Allocation], world_size: 
             "repeats": args.repeats,
             "warm_up": args.warm_up,
             "threads": args.threads,
+            "device": args.device,
         }
         results = f"{folder}/results.json"
         mp.spawn(_on_rank, (world_size, f"{folder}/store", folder, job, results), nprocs=world_size)
@@ -372,6 +395,7 @@ def main() -> None:
     parser.add_argument(
         "--widths", nargs="+", default=["default"], help="of LMA levels, such as 8,56; the default is that of LMAConfig"
     )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the ranks (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="of each rank (default: the cores, shared by the ranks)")
     parser.add_argument("--in-order", action="store_true", help="vocabularies are sorted by frequency")
     parser.add_argument("--raw-ids", action="store_true", help="also LMA tables of raw ids")
@@ -384,6 +408,8 @@ def main() -> None:
     parser.add_argument("--warm-up", type=int, default=5)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    if args.device == "cuda" and torch.cuda.device_count() < max(args.world_size):
+        parser.error(f"--device cuda: torch finds {torch.cuda.device_count()} GPUs for {max(args.world_size)} ranks")
     if args.id_space:
         rows = id_space(args)
         print(json.dumps(rows) if args.json else show(rows))
