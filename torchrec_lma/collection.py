@@ -156,21 +156,19 @@ class LMACollection(nn.Module):
             ValueError: an unknown table. TypeError: ids that are not integers.
         """
         slot, ids = self._slot(table), self._ids(ids)
-        n = ids.numel()
         if slot.table in self._allocation.whole:
             size = next(t.num_embeddings for t in self._tables if t.name == table)
             return {table: torch.where((ids >= 0) & (ids < size), ids, size)}
         memory = self._memory(table)
-        remap = self.remap.memories[memory.name]
+        remap: Any = self.remap.memories[memory.name]
         members = [s.table for t in memory.tables for s in self._slots.values() if s.table == t]
         index = torch.full_like(ids, members.index(table))
-        parts, lengths, _, _ = remap(ids, index, torch.arange(n + 1, device=ids.device), None)
+        of_tables = iter(remap.rows(ids, index)[0])
         found = {memory.level_name(k): torch.full_like(ids, -1) for k in range(len(memory.levels))}
-        of_part = iter(zip(parts, lengths))
         for k, level in enumerate(memory.levels):
             for place in range(level.pack if level.rows else 0):
-                rows, present = next(of_part)
-                found[memory.level_name(k)][present > 0] = rows.to(torch.int64) * level.pack + place
+                rows = next(of_tables)
+                found[memory.level_name(k)][rows >= 0] = rows[rows >= 0].to(torch.int64) * level.pack + place
         return found
 
     @torch.no_grad()

@@ -13,10 +13,10 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 from torchrec_lma.allocation.artifact import Allocation
 from torchrec_lma.collection import LMACollection, warn_of_missing_sharder
 from torchrec_lma.features import bag_lengths, cast_weights, checked
-from torchrec_lma.regroup import divide_by_lengths, pieces_of, regroup
+from torchrec_lma.regroup import Pieces, regroup
 
 # torch.fx leaves alone what is wrapped in the module that calls it.
-for _function in ("bag_lengths", "cast_weights", "checked", "divide_by_lengths", "regroup"):
+for _function in ("bag_lengths", "cast_weights", "checked", "regroup"):
     torch.fx.wrap(_function)
 
 
@@ -73,9 +73,11 @@ class LMAEmbeddingBagCollection(LMACollection, EmbeddingBagCollectionInterface):
         slots = list(self._slots.values())
         self._dims = [slot.dim for slot in slots]
         means = {table.name for table in tables if table.pooling is PoolingType.MEAN}
-        self._is_mean = [slot.table in means for slot in slots]
-        self._has_mean = any(self._is_mean)
-        self._piece_keys, self._piece_widths = pieces_of(slots, allocation)
+        self._has_mean = bool(means)
+        self._pieces = pieces = Pieces.of(slots, allocation, self.remap, means)
+        # TorchScript takes lists, and no dataclass.
+        self._level_tables, self._level_slots = pieces.tables, pieces.slots
+        self._levels, self._cuts, self._runs = pieces.levels, pieces.cuts, pieces.runs
 
     def _make_levels(self, configs: list[EmbeddingBagConfig], device: torch.device | None) -> EmbeddingBagCollection:
         return EmbeddingBagCollection(configs, self._is_weighted, device)
@@ -113,10 +115,10 @@ class LMAEmbeddingBagCollection(LMACollection, EmbeddingBagCollectionInterface):
             if self._is_weighted and type(self.levels) is EmbeddingBagCollection:
                 rows = cast_weights(rows, next(self.levels.parameters()).dtype)
         pooled = self.levels(rows)
-        values = regroup(pooled, self._piece_keys, self._piece_widths)
+        lengths: Tensor | None = None
         if self._has_mean:
             lengths = bag_lengths(features, self._features)
-            values = divide_by_lengths(values, lengths, self._is_mean, self._dims)
+        values = regroup(pooled, self._level_tables, self._level_slots, self._levels, self._cuts, self._runs, lengths)
         return KeyedTensor(keys=self._names, length_per_key=self._dims, values=values)
 
     def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:

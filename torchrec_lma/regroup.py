@@ -1,7 +1,8 @@
 """Regroup: from levels to the embeddings that full tables would give, pooled or one for each id."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -9,70 +10,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, Keyed
 
 from torchrec_lma.allocation.artifact import Allocation
 from torchrec_lma.features import Slot, take_features
-from torchrec_lma.remap import Remap, level_key, whole_key
-
-
-def pieces_of(slots: Sequence[Slot], allocation: Allocation) -> tuple[list[list[str]], list[int]]:
-    """Where the columns of the output come from.
-
-    Returns:
-        For each piece of the output in order the keys of pooled levels that it is in, one for each place of a packed
-        row, or an empty key where it is zero for all ids; and its width.
-    """
-    memory_of = {table: memory for memory in allocation.memories for table in memory.tables}
-    keys: list[list[str]] = []
-    widths: list[int] = []
-    for slot in slots:
-        if slot.table in allocation.whole:
-            keys.append([whole_key(slot)])
-            widths.append(slot.dim)
-            continue
-        for k, level in enumerate(memory_of[slot.table].levels):
-            keys.append([level_key(slot, k, place) for place in range(level.pack)] if level.rows else [""])
-            widths.append(level.width)
-    return keys, widths
-
-
-@torch.fx.wrap
-def regroup(pooled: KeyedTensor, keys: list[list[str]], widths: list[int]) -> Tensor:
-    """Puts pooled levels side by side, in the order of the output. Scripts.
-
-    Args:
-        pooled: of the plain collection, its keys in any order.
-        keys, widths: from `pieces_of`.
-    Returns:
-        float [B, sum of widths].
-    """
-    of_key = pooled.to_dict()
-    columns: list[Tensor] = []
-    for i in range(len(widths)):
-        width, places = widths[i], len(keys[i])
-        if keys[i][0] == "":
-            values = pooled.values()
-            columns.append(torch.zeros([values.size(0), width], dtype=values.dtype, device=values.device))
-        elif places == 1:
-            columns.append(of_key[keys[i][0]])
-        else:  # an id is at one place; at the others its bag is empty there
-            column = of_key[keys[i][0]][:, :width]
-            for place in range(1, places):
-                column = column + of_key[keys[i][place]][:, place * width : (place + 1) * width]
-            columns.append(column)
-    return torch.cat(columns, dim=1)
-
-
-@torch.fx.wrap
-def divide_by_lengths(pooled: Tensor, lengths: Tensor, is_mean: list[bool], dims: list[int]) -> Tensor:
-    """MEAN pooling of the slots that have it: levels pool SUM. Weighted, that is sum(w_i * e_i) / length, as FBGEMM's.
-
-    Args:
-        pooled: float [B, sum of dims].
-        lengths: integer [B, slots].
-        is_mean, dims: of each slot.
-    """
-    mean = torch.tensor(is_mean, device=lengths.device)
-    divisors = torch.where(mean, lengths.clamp(min=1), 1).to(pooled.dtype)  # (B, slots)
-    columns = torch.tensor(dims, device=lengths.device)
-    return pooled / divisors.repeat_interleave(columns, dim=1, output_size=pooled.size(1))
+from torchrec_lma.remap import Remap
 
 
 @torch.fx.wrap
@@ -107,18 +45,18 @@ def vectors_of_slots(
     found: list[dict[str, JaggedTensor]],
     positions: Tensor,
     counts: list[int],
-    keys: list[str],
+    tables: list[list[str]],
     slots: list[int],
-    widths: list[list[int]],
-    packs: list[list[int]],
+    levels: list[list[tuple[int, int]]],
 ) -> list[Tensor]:
     """Scatters the rows of each level to the ids that have them, zeros to the others. Scripts.
 
     Args:
         found: by key of the batch of rows, from one collection or several.
-        positions: int64, of each of these rows the place of its id among the ids of all slots; in the order of `keys`.
+        positions: int64, of each of these rows the place of its id among the ids of all slots; in the order of
+            `tables`.
         counts: how many ids each slot has.
-        keys, slots, widths, packs: see Pieces.
+        tables, slots, levels: see Pieces.
     Returns:
         Of each slot, float [ids, dim].
     """
@@ -126,20 +64,19 @@ def vectors_of_slots(
     for each in found:
         of_key.update(each)
     vectors: list[Tensor] = []
-    key, first, begin, start = 0, 0, 0, 0
+    table, first, begin, start = 0, 0, 0, 0
     for group in range(len(slots)):
         of_slots = counts[first : first + slots[group]]
         n = sum(of_slots)
         columns: list[Tensor] = []
-        for k in range(len(packs[group])):
-            width, pack = widths[group][k], packs[group][k]
+        for width, pack in levels[group]:
             parts: list[Tensor] = []
             for place in range(pack):
-                rows = torch.cat([of_key[keys[key + i]].values() for i in range(slots[group])])
+                rows = torch.cat([of_key[key].values() for key in tables[table]])
                 parts.append(rows[:, place * width : (place + 1) * width])
-                key += slots[group]
+                table += 1
             if pack == 0:
-                values = of_key[keys[0]].values()
+                values = of_key[tables[0][0]].values()
                 columns.append(torch.zeros([n, width], dtype=values.dtype, device=values.device))
             else:
                 rows = torch.cat(parts)
@@ -176,42 +113,159 @@ def sequences(
     return result
 
 
+@torch.fx.wrap
+def split_tables(pooled: KeyedTensor, tables: list[list[str]]) -> list[Tensor]:
+    """The pooled features of each list of keys, float [B, keys, width]. Scripts.
+
+    TorchRec has the features of a table side by side, so a view is enough; where it has not, they are copied.
+    """
+    keys, widths = pooled.keys(), pooled.length_per_key()
+    number: dict[str, int] = {}
+    for t in range(len(tables)):
+        number[tables[t][0]] = t
+    order: list[int] = []
+    columns: list[int] = []
+    k = 0
+    while k < len(keys):
+        t = number.get(keys[k], 0)
+        end = k + len(tables[t])
+        if keys[k:end] != tables[t]:
+            break
+        order.append(t)
+        columns.append(len(tables[t]) * widths[k])
+        k = end
+    parts: list[Tensor] = []
+    if k == len(keys) and len(order) == len(tables):
+        split = pooled.values().split(columns, dim=1)
+        parts = [split[order.index(t)] for t in range(len(tables))]
+    else:
+        of_key = pooled.to_dict()
+        parts = [torch.cat([of_key[key] for key in table], dim=1) for table in tables]
+    return [parts[t].unflatten(1, (len(tables[t]), -1)) for t in range(len(tables))]
+
+
+@torch.fx.wrap
+def regroup(
+    pooled: KeyedTensor,
+    tables: list[list[str]],
+    slots: list[int],
+    levels: list[list[tuple[int, int]]],
+    cuts: list[list[int]],
+    runs: list[tuple[int, int, bool]],
+    lengths: Tensor | None,
+) -> Tensor:
+    """Puts pooled levels side by side, in the order of the output. Scripts.
+
+    Args:
+        pooled: of the plain collection, its keys in any order.
+        tables, slots, levels, cuts, runs: see Pieces. The sums of a run that pools MEAN are divided by the lengths of
+            its bags; weighted, that is sum(w_i * e_i) / length, as FBGEMM's.
+        lengths: integer [B, slots], in the order of the output; None where nothing pools MEAN.
+    Returns:
+        float [B, sum of dims].
+    """
+    parts = split_tables(pooled, tables)
+    of_groups: list[list[list[Tensor]]] = []  # columns of each level of each group, run by run
+    table = 0
+    for group in range(len(slots)):
+        columns: list[list[Tensor]] = []
+        for width, pack in levels[group]:
+            if pack == 0:
+                zero = parts[0].new_zeros([1, 1, 1])
+                column = zero.expand(parts[0].size(0), slots[group], width)
+            else:
+                column = parts[table][:, :, :width]
+                for place in range(1, pack):  # an id is at one place; at the others its bag is empty
+                    column = column + parts[table + place][:, :, place * width : (place + 1) * width]
+                table += pack
+            # A split costs a copy in the backward.
+            columns.append(column.split(cuts[group], dim=1) if len(cuts[group]) > 1 else [column])
+        of_groups.append(columns)
+    outputs: list[Tensor] = []
+    slot = 0
+    for group, run, is_mean in runs:
+        pieces = [column[run] for column in of_groups[group]]
+        end = slot + cuts[group][run]
+        if is_mean and lengths is not None:
+            divisors = lengths[:, slot:end].clamp(min=1).to(pieces[0].dtype).unsqueeze(2)
+            pieces = [piece / divisors for piece in pieces]
+        if end - slot > 1:  # slot by slot, not level by level
+            pieces = [torch.cat(pieces, dim=2)]
+        outputs += [piece.flatten(1) for piece in pieces]
+        slot = end
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+
 @dataclass(frozen=True)
 class Pieces:
-    """Where the columns of unpooled embeddings come from: groups of slots, each a whole table's or a memory's.
+    """Where the columns of embeddings come from: groups of slots, each of whole tables or of a memory.
 
     Attributes:
-        keys: of the batch of rows, group by group, level by level, place by place in packed rows, slot by slot.
+        tables: of each level table, or place of a packed one, the keys of the batch of rows, one for each slot of its
+            group; group by group, level by level, place by place.
         slots: how many each group has.
-        widths, packs: of each level of each group; a level without rows has pack 0.
+        levels: of each group, the width and `Level.pack` of each level; a level without rows has pack 0.
         names: of the output.
         order: where the slot of each name stands among those of the groups.
+        cuts: of each group, how many slots each of its runs has. Slots of a run are neighbours in the output, too, and
+            pool alike.
+        runs: the output, run by run: the group, which of its runs, and whether it pools MEAN.
     """
 
-    keys: list[str]
+    tables: list[list[str]]
     slots: list[int]
-    widths: list[list[int]]
-    packs: list[list[int]]
+    levels: list[list[tuple[int, int]]]
     names: list[str]
     order: list[int]
+    cuts: list[list[int]]
+    runs: list[tuple[int, int, bool]]
 
     def regroup(
         self, found: list[dict[str, JaggedTensor]], positions: Tensor, batch: KeyedJaggedTensor, need_indices: bool
     ) -> dict[str, JaggedTensor]:
         """The output of an EmbeddingCollection of full tables: see `vectors_of_slots` and `sequences`."""
         counts = batch.length_per_key()
-        vectors = vectors_of_slots(found, positions, counts, self.keys, self.slots, self.widths, self.packs)
+        vectors = vectors_of_slots(found, positions, counts, self.tables, self.slots, self.levels)
         return sequences(vectors, batch, self.names, self.order, need_indices)
 
     @classmethod
-    def of(cls, slots: Sequence[Slot], allocation: Allocation, remap: Remap) -> "Pieces":
+    def of(
+        cls, slots: Sequence[Slot], allocation: Allocation, remap: Remap, mean_tables: Collection[str] = ()
+    ) -> "Pieces":
+        """
+        Args:
+            slots: of the output, in order.
+            allocation, remap: of the collection.
+            mean_tables: which logical tables pool MEAN.
+        """
         whole = [slot for slot in slots if slot.table in allocation.whole]
+        counts = [1] * len(whole) + remap.memory_slots
+        levels = [[(slot.dim, 1)] for slot in whole]
+        levels += [[(lv.width, lv.pack if lv.rows else 0) for lv in m.levels] for m in allocation.memories]
+        keys = iter(remap.keys)
         placed = list(dict.fromkeys(remap.sources))
+        order = [placed.index(i) for i in range(len(slots))]
+        where = [(group, i) for group, count in enumerate(counts) for i in range(count)]
+        found: list[tuple[int, int, int, bool]] = []  # group, begin, end, MEAN
+        for slot, place in zip(slots, order):
+            group, i = where[place]
+            is_mean = slot.table in mean_tables
+            if found and (found[-1][0], *found[-1][2:]) == (group, i, is_mean):
+                found[-1] = (group, found[-1][1], i + 1, is_mean)
+            else:
+                found.append((group, i, i + 1, is_mean))
+        of_groups = [sorted(run for run in found if run[0] == group) for group in range(len(counts))]
         return cls(
-            keys=remap.keys,
-            slots=[1] * len(whole) + remap.memory_slots,
-            widths=[[slot.dim] for slot in whole] + [[lv.width for lv in m.levels] for m in allocation.memories],
-            packs=[[1]] * len(whole) + [[lv.pack if lv.rows else 0 for lv in m.levels] for m in allocation.memories],
+            tables=[
+                list(islice(keys, n))
+                for n, of_group in zip(counts, levels)
+                for _, pack in of_group
+                for _ in range(pack)
+            ],
+            slots=counts,
+            levels=levels,
             names=[slot.name for slot in slots],
-            order=[placed.index(i) for i in range(len(slots))],
+            order=order,
+            cuts=[[end - begin for _, begin, end, _ in of_group] for of_group in of_groups],
+            runs=[(run[0], of_groups[run[0]].index(run), run[3]) for run in found],
         )

@@ -20,7 +20,7 @@ from torchrec_lma.allocation.index import IdIndex
 from torchrec_lma.allocation.layout import MAX_ROWS
 from torchrec_lma.features import Slot, bag_ends, ids_per_feature, take_features
 from torchrec_lma.hashing import level_multiplier, mix64, salt, table_salt, to_row
-from torchrec_lma.owners import RangeOwners, owners_of_levels
+from torchrec_lma.owners import owners_of_levels
 
 # torch.fx leaves alone what is wrapped in the module that calls it.
 torch.fx.wrap("bag_ends")
@@ -47,7 +47,6 @@ class MemoryRemap(nn.Module):
 
     # Final, so that TorchScript drops the branches that a memory does not use.
     raw_ids: Final[bool]
-    by_slot: Final[bool]
     has_signatures: Final[bool]
     first: Tensor
     sizes: Tensor
@@ -63,17 +62,13 @@ class MemoryRemap(nn.Module):
         self.shared_rows = [level.shared_rows for level in memory.levels]
         self.packs = [level.pack for level in memory.levels]
         self.multipliers = [level_multiplier(seed, k) for k in range(len(memory.levels))]
-        # From this level on, ids without an own row are not needed any more.
-        self.last_shared = max((k for k, rows in enumerate(self.shared_rows) if rows), default=-1)
         self.signature_salt = salt("signature", seed)
 
         tensors = memory.tensors
         sizes = [num_embeddings[table] for table in memory.tables]
         positions = sum(sizes)
         self.positions_fit_int32 = positions <= MAX_ROWS
-        owners = owners_of_levels(memory, slots, positions)
-        self.owners = nn.ModuleList(owners)
-        self.by_slot = any(isinstance(each, RangeOwners) for each in owners[1:])
+        self.owners = nn.ModuleList(owners_of_levels(memory, slots, positions))
         self.has_signatures = "signatures" in tensors
         if self.has_signatures:
             self.register_buffer("signatures", tensors["signatures"])  # int32 [S, K]
@@ -92,7 +87,7 @@ class MemoryRemap(nn.Module):
 
     def forward(
         self, ids: Tensor, slot: Tensor, offsets: Tensor, weights: Tensor | None
-    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """
         Args:
             ids: int64 [L], the bags of slot 0, then of slot 1, ...
@@ -100,44 +95,57 @@ class MemoryRemap(nn.Module):
             offsets: int64 [bags + 1], where the bags begin.
             weights: float [L] per-sample weights, or None.
         Returns:
-            rows int32 [M], lengths int32 [bags] and weights [M] of each level that has rows, `pack` times for a packed
-            one: once for each place in the table row. Weights are an empty list without any.
+            rows int32 [M], lengths int32 [tables * bags] and weights [M] of the ids that have a row, table by table: of
+            each level that has rows, of each place in a table row of a packed level.
+            int64 [], how many ids are outside of their vocabulary.
+        """
+        of_tables, outside = self.rows(ids, slot)
+        rows = torch.cat(of_tables)
+        present = rows >= 0
+        kept = places(present)
+        n, n_tables = ids.size(0), len(of_tables)
+        starts = torch.arange(n_tables, device=ids.device).unsqueeze(1) * n
+        before = count_before(present).index_select(0, (offsets + starts).flatten()).view(n_tables, -1)
+        if weights is not None:
+            weights = weights.index_select(0, kept if n_tables == 1 else kept % n)
+        return rows.index_select(0, kept), (before[:, 1:] - before[:, :-1]).flatten(), weights, outside
+
+    def rows(self, ids: Tensor, slot: Tensor) -> tuple[list[Tensor], Tensor]:
+        """
+        Args:
+            ids: int64 [L].
+            slot: int32 [L], the slot of each.
+        Returns:
+            Of each level that has rows, of each place in a table row of a packed level: int32 [L], table rows, or
+            negative where an id has none there.
             int64 [], how many ids are outside of their vocabulary.
         """
         if self.raw_ids:
             position = mix64(ids ^ self.salts.index_select(0, slot))
-            outside = torch.zeros_like(offsets[0])
+            outside = torch.zeros([], dtype=torch.int64, device=ids.device)
         else:
             inside = (ids >= 0) & (ids < self.sizes.index_select(0, slot))
             position = torch.where(inside, ids + self.first.index_select(0, slot), -1)
             if self.positions_fit_int32:  # half the bytes, twice the speed
                 position = position.to(torch.int32)
             outside = (~inside).sum()
-        all_rows: list[Tensor] = []
-        all_lengths: list[Tensor] = []
-        all_weights: list[Tensor] = []
+        of_tables: list[Tensor] = []
         own = position
-        own_slot, own_offsets, own_weights = slot, offsets, weights
         for k, owners in enumerate(self.owners):
-            own = owners(own, own_slot)
-            if self.shared_rows[k] > 0:  # all ids are still here, and each has a row
-                missing = places(own < 0)
-                shared = self._shared(k, ids, slot, position, missing)
-                self._emit(k, own.index_copy(0, missing, shared), offsets, weights, all_rows, all_lengths, all_weights)
-            elif self.own_rows[k] > 0:
-                present = own >= 0
-                row_offsets = count_before(present).index_select(0, own_offsets)
-                kept = places(present)
-                rows = own.index_select(0, kept)
-                row_weights = own_weights
-                if row_weights is not None:
-                    row_weights = row_weights.index_select(0, kept)
-                self._emit(k, rows, row_offsets, row_weights, all_rows, all_lengths, all_weights)
-                if k >= self.last_shared:
-                    own, own_offsets, own_weights = rows, row_offsets, row_weights
-                    if self.by_slot:
-                        own_slot = own_slot.index_select(0, kept)
-        return all_rows, all_lengths, all_weights, outside
+            own = owners(own, slot)
+            if self.own_rows[k] + self.shared_rows[k] > 0:
+                rows = own
+                if self.shared_rows[k] > 0:
+                    missing = places(own < 0)
+                    rows = own.index_copy(0, missing, self._shared(k, ids, slot, position, missing))
+                pack = self.packs[k]
+                if pack == 1:
+                    of_tables.append(rows)
+                else:
+                    place, rows = rows % pack, rows.div(pack, rounding_mode="floor")
+                    for at in range(pack):
+                        of_tables.append(torch.where(place == at, rows, -1))
+        return of_tables, outside
 
     def _shared(self, k: int, ids: Tensor, slot: Tensor, position: Tensor, missing: Tensor) -> Tensor:
         """int32 [M], the shared rows on level k of those of the ids that are at these places, int64 [M]."""
@@ -152,32 +160,6 @@ class MemoryRemap(nn.Module):
             by_value = mix64(values.to(torch.int64) ^ self.signature_salt)
             keys = torch.where(found >= 0, by_value, keys)
         return (to_row(keys, self.multipliers[k], self.shared_rows[k]) + self.own_rows[k]).to(torch.int32)
-
-    def _emit(
-        self,
-        k: int,
-        rows: Tensor,
-        offsets: Tensor,
-        weights: Tensor | None,
-        all_rows: list[Tensor],
-        all_lengths: list[Tensor],
-        all_weights: list[Tensor],
-    ) -> None:
-        pack = self.packs[k]
-        for place in range(pack):
-            if pack > 1:
-                here = rows % pack == place
-                kept = places(here)
-                ends = count_before(here).index_select(0, offsets)
-                all_rows.append(rows.index_select(0, kept) // pack)
-                all_lengths.append(ends[1:] - ends[:-1])
-                if weights is not None:
-                    all_weights.append(weights.index_select(0, kept))
-            else:
-                all_rows.append(rows)
-                all_lengths.append((offsets[1:] - offsets[:-1]).to(torch.int32))
-                if weights is not None:
-                    all_weights.append(weights)
 
 
 class Remap(nn.Module):
@@ -288,9 +270,10 @@ class Remap(nn.Module):
             rows, row_lengths, row_weights, beyond = memory(
                 of_memory, slot, offsets[bags[first] : bags[end] + 1] - begins, of_weights
             )
-            all_rows += rows
-            all_lengths += row_lengths
-            all_weights += row_weights
+            all_rows.append(rows)
+            all_lengths.append(row_lengths)
+            if row_weights is not None:
+                all_weights.append(row_weights)
             outside = outside + beyond
             first = end
             m += 1

@@ -65,8 +65,7 @@ class RankBitmap(nn.Module):
         """
         inside = values.clamp(min=0)
         word_index = inside >> 5
-        bit = (inside & 31).to(torch.int32)
-        word = self.words.index_select(0, word_index)
-        below = word & ((torch.ones_like(bit) << bit) - 1)  # bit 31 is never among these: shifts see no sign
-        rank = self.before.index_select(0, word_index) + popcount(below)
-        return torch.where((((word >> bit) & 1) == 1) & (values >= 0), rank, -1)
+        # The member's own bit goes to the top, where it is the sign, and those below it along.
+        up_to_it = self.words.index_select(0, word_index) << (~inside & 31).to(torch.int32)
+        rank = self.before.index_select(0, word_index) + popcount(up_to_it) - 1
+        return torch.where((up_to_it < 0) & (values >= 0), rank, -1)

@@ -29,7 +29,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 from torchrec_lma.distributed.collection import LMASharder, ShardedLMACollection, refuse_ranks_without_rows
 from torchrec_lma.features import bag_lengths, checked
 from torchrec_lma.modules import LMAEmbeddingBagCollection
-from torchrec_lma.regroup import divide_by_lengths, regroup
+from torchrec_lma.regroup import Pieces, regroup
 
 
 @dataclass
@@ -71,9 +71,8 @@ class ShardedLMAEmbeddingBagCollection(ShardedLMACollection[KeyedTensor, LMAEmbe
         )
         super().__init__(module, levels, {"levels": levels}, device)
         self._is_weighted = module.is_weighted()
-        self._regroup = partial(_regrouped, module._names, module._dims, module._piece_keys, module._piece_widths)
+        self._regroup = partial(_regrouped, module._pieces, module._dims)
         self._has_mean = module._has_mean
-        self._is_mean = module._is_mean
 
     def create_context(self) -> LMAEmbeddingBagCollectionContext:
         return LMAEmbeddingBagCollectionContext()
@@ -109,7 +108,7 @@ class ShardedLMAEmbeddingBagCollection(ShardedLMACollection[KeyedTensor, LMAEmbe
     def _with_regroup(
         self, ctx: LMAEmbeddingBagCollectionContext, pooled: LazyAwaitable[KeyedTensor]
     ) -> LazyAwaitable[KeyedTensor]:
-        pooled.callbacks.append(partial(self._regroup, ctx.bag_lengths, self._is_mean))
+        pooled.callbacks.append(partial(self._regroup, ctx.bag_lengths))
         return pooled
 
     @property
@@ -128,19 +127,9 @@ class ShardedLMAEmbeddingBagCollection(ShardedLMACollection[KeyedTensor, LMAEmbe
         return LMAEmbeddingBagCollection
 
 
-def _regrouped(
-    names: list[str],
-    dims: list[int],
-    piece_keys: list[list[str]],
-    piece_widths: list[int],
-    lengths: Tensor | None,
-    is_mean: list[bool],
-    pooled: KeyedTensor,
-) -> KeyedTensor:
-    values = regroup(pooled, piece_keys, piece_widths)
-    if lengths is not None:
-        values = divide_by_lengths(values, lengths, is_mean, dims)
-    return KeyedTensor(keys=names, length_per_key=dims, values=values)
+def _regrouped(pieces: Pieces, dims: list[int], lengths: Tensor | None, pooled: KeyedTensor) -> KeyedTensor:
+    values = regroup(pooled, pieces.tables, pieces.slots, pieces.levels, pieces.cuts, pieces.runs, lengths)
+    return KeyedTensor(keys=pieces.names, length_per_key=dims, values=values)
 
 
 class LMAEmbeddingBagCollectionSharder(LMASharder[LMAEmbeddingBagCollection]):
