@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from ranks import run
 from sharded_model import (
     CONFIG,
@@ -102,6 +104,27 @@ def test_levels_are_cut_into_columns_where_they_are_wide_enough(allocation: Allo
     cut = run(train_sharded, 2, allocation, "column_wise", "sgd")[0].column_shards
     assert cut == {name: 2 if width > 4 else 1 for name, width in widths.items()}
     assert run(train_sharded, 2, allocation, "planner", "sgd")[0].types.keys() <= widths.keys()
+
+
+def bounds_check_modes(allocation: Allocation, asked_for: str) -> set[BoundsCheckMode]:
+    ebc = LMAEmbeddingBagCollection(tables(), allocation, device=META)
+    apply_optimizer_in_backward(torch.optim.SGD, ebc.parameters(), {"lr": LR})
+    plan = plan_of("table_wise", Model(ebc).ebc, "fused")
+    if asked_for == "by the plan":
+        for sharding in plan.plan["ebc"].values():
+            sharding.bounds_check_mode = BoundsCheckMode.FATAL
+    fused_params = {"bounds_check_mode": BoundsCheckMode.FATAL} if asked_for == "by fused params" else None
+    sharders = [LMAEmbeddingBagCollectionSharder(fused_params=fused_params)]
+    dmp = DistributedModelParallel(Model(ebc), device=CPU, plan=plan, sharders=sharders)
+    modules = [module for lookup in dmp.module.ebc._lookups for module in lookup.modules()]
+    tbes = [module for module in modules if isinstance(module, SplitTableBatchedEmbeddingBagsCodegen)]
+    return {BoundsCheckMode(tbe.bounds_check_mode_int) for tbe in tbes}
+
+
+@pytest.mark.parametrize("asked_for", ["by nobody", "by the plan", "by fused params"])
+def test_rows_are_not_checked_again_unless_asked_for(allocation: Allocation, asked_for: str) -> None:
+    expected = BoundsCheckMode.NONE if asked_for == "by nobody" else BoundsCheckMode.FATAL
+    assert run(bounds_check_modes, 1, allocation, asked_for) == [{expected}]
 
 
 def pooled(allocation: Allocation, seeds_and_sizes: list[tuple[int, int]], sharding: str) -> list[Tensor]:

@@ -1,9 +1,11 @@
 """What the sharded twins of LMA collections have in common, and what their sharders have."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
 import torch
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torch import Tensor, nn
 from torchrec.distributed.embedding_types import BaseEmbeddingSharder, KJTList, ShardedEmbeddingModule
 from torchrec.distributed.types import (
@@ -96,6 +98,23 @@ class LMASharder(BaseEmbeddingSharder[M]):
     @property
     def fused_params(self) -> dict[str, Any] | None:
         return self._plain_sharder.fused_params
+
+
+def without_bounds_checks(
+    plan: dict[str, ParameterSharding], fused_params: dict[str, Any] | None
+) -> dict[str, ParameterSharding]:
+    """The plan, without FBGEMM's check of every row unless it or the fused params ask for one.
+
+    The rows are the remap's, which are in bounds whatever the ids are; on a GPU the check is a seventh of the forward.
+    """
+    if "bounds_check_mode" in (fused_params or {}):
+        return plan
+    return {
+        name: replace(sharding, bounds_check_mode=BoundsCheckMode.NONE)
+        if sharding.bounds_check_mode is None  # FATAL is 0
+        else sharding
+        for name, sharding in plan.items()
+    }
 
 
 def refuse_ranks_without_rows(plan: dict[str, ParameterSharding], device: torch.device) -> None:

@@ -31,7 +31,12 @@ from torchrec.distributed.utils import append_prefix
 from torchrec.modules.embedding_configs import EmbeddingConfig
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
-from torchrec_lma.distributed.collection import LMASharder, ShardedLMACollection, refuse_ranks_without_rows
+from torchrec_lma.distributed.collection import (
+    LMASharder,
+    ShardedLMACollection,
+    refuse_ranks_without_rows,
+    without_bounds_checks,
+)
 from torchrec_lma.features import checked
 from torchrec_lma.regroup import for_plain_collections, numbered
 from torchrec_lma.sequences import LMAEmbeddingCollection
@@ -98,10 +103,11 @@ class ShardedLMAEmbeddingCollection(ShardedLMACollection[dict[str, JaggedTensor]
     ) -> None:
         refuse_ranks_without_rows(table_name_to_parameter_sharding, device)
         _refuse_dense_kernels(table_name_to_parameter_sharding, device)
+        plan = without_bounds_checks(table_name_to_parameter_sharding, ec_sharder.fused_params)
         sharded: dict[str, ShardedEmbeddingCollection] = {
             width: ec_sharder.shard(
                 plain,  # type: ignore[arg-type]
-                table_name_to_parameter_sharding,
+                plan,
                 env=env,
                 device=device,
                 module_fqn=append_prefix(module_fqn or "", f"levels.{width}"),

@@ -26,7 +26,12 @@ from torchrec.distributed.types import (
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
-from torchrec_lma.distributed.collection import LMASharder, ShardedLMACollection, refuse_ranks_without_rows
+from torchrec_lma.distributed.collection import (
+    LMASharder,
+    ShardedLMACollection,
+    refuse_ranks_without_rows,
+    without_bounds_checks,
+)
 from torchrec_lma.features import bag_lengths, checked
 from torchrec_lma.modules import LMAEmbeddingBagCollection
 from torchrec_lma.regroup import Pieces, regroup
@@ -66,9 +71,8 @@ class ShardedLMAEmbeddingBagCollection(ShardedLMACollection[KeyedTensor, LMAEmbe
         module_fqn: str | None = None,
     ) -> None:
         refuse_ranks_without_rows(table_name_to_parameter_sharding, device)
-        levels = ebc_sharder.shard(
-            module.levels, table_name_to_parameter_sharding, env=env, device=device, module_fqn=module_fqn
-        )
+        plan = without_bounds_checks(table_name_to_parameter_sharding, ebc_sharder.fused_params)
+        levels = ebc_sharder.shard(module.levels, plan, env=env, device=device, module_fqn=module_fqn)
         super().__init__(module, levels, {"levels": levels}, device)
         self._is_weighted = module.is_weighted()
         self._regroup = partial(_regrouped, module._pieces, module._dims)
