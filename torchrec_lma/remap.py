@@ -100,7 +100,7 @@ class MemoryRemap(nn.Module):
             int64 [], how many ids are outside of their vocabulary.
         """
         of_tables, outside = self.rows(ids, slot)
-        rows = torch.cat(of_tables)
+        rows = _cat(of_tables)
         present = rows >= 0
         kept = places(present)
         n, n_tables = ids.size(0), len(of_tables)
@@ -245,7 +245,7 @@ class Remap(nn.Module):
         all_rows: list[Tensor] = []
         all_lengths: list[Tensor] = []
         all_weights: list[Tensor] = []
-        outside = torch.zeros_like(self.out_of_vocabulary)
+        outside: list[Tensor] = []
         first = self.n_whole
         if self.n_whole > 0:
             whole = ids[: ends[first]]
@@ -255,7 +255,7 @@ class Remap(nn.Module):
             all_lengths.append(lengths[: bags[first]].to(torch.int32))
             if weights is not None:
                 all_weights.append(weights[: ends[first]])
-            outside = outside + (~inside).sum()
+            outside.append((~inside).sum())
         m = 0
         for memory in self.memories.values():
             end = first + self.memory_slots[m]
@@ -274,13 +274,14 @@ class Remap(nn.Module):
             all_lengths.append(row_lengths)
             if row_weights is not None:
                 all_weights.append(row_weights)
-            outside = outside + beyond
+            outside.append(beyond)
             first = end
             m += 1
-        self.out_of_vocabulary.add_(outside)
-        if self.strict and bool(outside > 0):
+        n_outside = outside[0] if len(outside) == 1 else torch.stack(outside).sum()
+        self.out_of_vocabulary.add_(n_outside)
+        if self.strict and bool(n_outside > 0):
             raise ValueError(
-                f"{int(outside)} ids of the batch are outside of their table's [0, num_embeddings); correct the "
+                f"{int(n_outside)} ids of the batch are outside of their table's [0, num_embeddings); correct the "
                 "vocabulary, name the table in LMAConfig.raw_ids, or leave strict off, which treats them as unseen"
             )
         return _rows_batch(features, self.keys, self.features_of_keys, all_rows, all_lengths, all_weights)
@@ -357,9 +358,10 @@ def _rows_batch(
     weights: list[Tensor],
 ) -> KeyedJaggedTensor:
     """The batch of rows, with the batch size of `features`, or with VBE those of its features."""
+    all_rows, all_lengths = _cat(rows), _cat(lengths)
     all_weights: Tensor | None = None
     if len(weights) > 0:
-        all_weights = torch.cat(weights)
+        all_weights = _cat(weights)
     if not torch.jit.is_scripting() and features.variable_stride_per_key():
         at = [features.keys().index(feature) for feature in features_of_keys]
         strides = features.stride_per_key_per_rank()
@@ -367,15 +369,19 @@ def _rows_batch(
         of_keys = torch.tensor([names.index(feature) for feature in features_of_keys]).to(indices.device)
         return KeyedJaggedTensor(
             keys=keys,
-            values=torch.cat(rows),
-            lengths=torch.cat(lengths),
+            values=all_rows,
+            lengths=all_lengths,
             weights=all_weights,
             stride_per_key_per_rank=[strides[i] for i in at],
             inverse_indices=(keys, indices.index_select(0, of_keys)),
         )
     return KeyedJaggedTensor(
-        keys=keys, values=torch.cat(rows), lengths=torch.cat(lengths), weights=all_weights, stride=features.stride()
+        keys=keys, values=all_rows, lengths=all_lengths, weights=all_weights, stride=features.stride()
     )
+
+
+def _cat(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _bytes_tensor(data: bytes) -> Tensor:
