@@ -116,6 +116,8 @@ class PlannedMemory:
             return own[id]
         if self.shared[level] == 0:
             return -1
+        if self.shared[level] <= len(self.sizes) and not self.signatures:
+            return len(own) + list(self.sizes).index(id[0]) % self.shared[level]
         mixed = reference_key(self.seed, id)
         if id in self.signatures:
             values = self.signatures[id]

@@ -36,7 +36,8 @@ class MemoryRemap(nn.Module):
     level k - 1 among those that own one, so an own row costs a bit or two an id and level (nothing where vocabularies
     are sorted by frequency), and each level looks at fewer ids than the one before. Shared rows, where the level has
     some, are a hash of the id, or of its signature value k mod K, so that ids which agree on it share the row (arXiv
-    2103.06124, section 4.2).
+    2103.06124, section 4.2). If they are no more than the tables, as where every id that was seen owns a row, each is
+    for the other ids of a table.
 
     Args:
         memory: its allocation.
@@ -51,6 +52,7 @@ class MemoryRemap(nn.Module):
     first: Tensor
     sizes: Tensor
     salts: Tensor
+    rows_of_slots: Tensor
     signatures: Tensor
 
     def __init__(
@@ -77,6 +79,11 @@ class MemoryRemap(nn.Module):
             else:
                 self.signed = RankBitmap(tensors["signed.words"])
 
+        few = 0 if self.has_signatures else len(memory.tables)
+        self.shared_by_table = [0 < rows <= few for rows in self.shared_rows]
+        numbers = torch.tensor([memory.tables.index(slot.table) for slot in slots])
+        rows_of_slots = [level.own_rows + numbers % max(1, level.shared_rows) for level in memory.levels]
+        self.register_buffer("rows_of_slots", torch.stack(rows_of_slots).to(torch.int32), persistent=False)
         starts = dict(zip(memory.tables, torch.tensor([0, *sizes]).cumsum(0).tolist()))
         for name, values in (
             ("first", [starts[slot.table] for slot in slots]),  # position of id 0 of the slot's table
@@ -135,7 +142,9 @@ class MemoryRemap(nn.Module):
             own = owners(own, slot)
             if self.own_rows[k] + self.shared_rows[k] > 0:
                 rows = own
-                if self.shared_rows[k] > 0:
+                if self.shared_by_table[k]:
+                    rows = with_rows_of_slots(own, slot, self.rows_of_slots[k])
+                elif self.shared_rows[k] > 0:
                     missing = places(own < 0)
                     rows = own.index_copy(0, missing, self._shared(k, ids, slot, position, missing))
                 pack = self.packs[k]
@@ -233,12 +242,9 @@ class Remap(nn.Module):
             The batch of rows, int32, with lengths int32; `keys` in order.
         """
         batch = take_features(features, self.features)
-        ids = batch.values().to(torch.int64)
-        lengths = batch.lengths()
+        ids, lengths = batch.values().to(torch.int64), batch.lengths()
         offsets = complete_cumsum(lengths)
-        bags = bag_ends(batch)
-        ends = batch.offset_per_key()
-        counts = ids_per_feature(batch)
+        bags, ends, counts = bag_ends(batch), batch.offset_per_key(), ids_per_feature(batch)
         weights: Tensor | None = None
         if self.is_weighted:
             weights = batch.weights()
@@ -246,7 +252,7 @@ class Remap(nn.Module):
         all_lengths: list[Tensor] = []
         all_weights: list[Tensor] = []
         outside: list[Tensor] = []
-        first = self.n_whole
+        first, m = self.n_whole, 0
         if self.n_whole > 0:
             whole = ids[: ends[first]]
             sizes = self.whole_sizes.repeat_interleave(counts[:first], output_size=whole.numel())
@@ -256,7 +262,6 @@ class Remap(nn.Module):
             if weights is not None:
                 all_weights.append(weights[: ends[first]])
             outside.append((~inside).sum())
-        m = 0
         for memory in self.memories.values():
             end = first + self.memory_slots[m]
             begins = ends[first]
@@ -264,9 +269,7 @@ class Remap(nn.Module):
             slot = torch.arange(end - first, dtype=torch.int32, device=ids.device).repeat_interleave(
                 counts[first:end], output_size=of_memory.numel()
             )
-            of_weights: Tensor | None = None
-            if weights is not None:
-                of_weights = weights[begins : ends[end]]
+            of_weights = weights[begins : ends[end]] if weights is not None else None
             rows, row_lengths, row_weights, beyond = memory(
                 of_memory, slot, offsets[bags[first] : bags[end] + 1] - begins, of_weights
             )
@@ -275,8 +278,7 @@ class Remap(nn.Module):
             if row_weights is not None:
                 all_weights.append(row_weights)
             outside.append(beyond)
-            first = end
-            m += 1
+            first, m = end, m + 1
         n_outside = outside[0] if len(outside) == 1 else torch.stack(outside).sum()
         self.out_of_vocabulary.add_(n_outside)
         if self.strict and bool(n_outside > 0):
@@ -288,10 +290,6 @@ class Remap(nn.Module):
 
     def check_state_dict(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Raises ValueError, before anything is loaded, if the state was written under another allocation."""
-        if f"{prefix.removesuffix('remap.')}addressing.fingerprint" in state_dict:
-            raise ValueError(
-                "the state is of torchrec_lma's first edition, which cut memories into chunks; this one cannot load it"
-            )
         loaded = state_dict.get(f"{prefix}fingerprint")
         if isinstance(loaded, Tensor):
             self._check(_hex(loaded))
@@ -343,6 +341,15 @@ def places(chosen: Tensor) -> Tensor:
     return chosen.nonzero().squeeze(1)
 
 
+@torch.fx.wrap
+def with_rows_of_slots(own: Tensor, slot: Tensor, rows: Tensor) -> Tensor:
+    """int32 [L], the own rows, and where there is none that of the slot, int32 [slots]."""
+    if own.is_cpu and (torch.jit.is_scripting() or not torch.compiler.is_compiling()):  # few are missing
+        missing = places(own < 0)
+        return own.index_copy(0, missing, rows.index_select(0, slot.index_select(0, missing)))
+    return torch.where(own < 0, rows.index_select(0, slot), own)  # without waiting for the device
+
+
 def count_before(chosen: Tensor) -> Tensor:
     """int32 [n + 1], how many are chosen before each place, and in all; from bool [n]."""
     return torch.ops.fbgemm.asynchronous_complete_cumsum(chosen.to(torch.int32))
@@ -380,7 +387,7 @@ def _rows_batch(
     )
 
 
-def _cat(parts: list[Tensor]) -> Tensor:
+def _cat(parts: list[Tensor]) -> Tensor:  # a single part is not copied
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

@@ -314,21 +314,17 @@ def run_check(name: str, tolerance: float, check: Callable[[torch.device], float
     return Outcome(name, status, difference, tolerance, time.perf_counter() - started, said)
 
 
-def speeds(device: torch.device, repeats: int) -> dict[str, list[dict[str, Any]]]:
-    """Rows of speed.py: 26 equal tables (on a CPU small ones), LMA tables at 16x beside full ones, remaps as they are
-    and, on a GPU, compiled."""
+def speeds(device: torch.device, repeats: int) -> list[dict[str, Any]]:
+    """Rows of speed.py: 26 equal tables (on a CPU small ones), LMA tables at 16x beside full ones."""
     on_gpu = device.type == "cuda"
     workload = Workload(WORKLOADS["equal"] if on_gpu else (10_000,) * 26, pooling=1, batch_size=8192 if on_gpu else 512)
     allocations = {
         f"LMA {data_type}": build(workload, LMAConfig(compression=16, data_type=data_type))
         for data_type in ("FP16", "FP32")
     }
-    tables = {}
-    for name, compiled in (("remaps as they are", False), ("remaps compiled", True))[: 1 + on_gpu]:
-        how = argparse.Namespace(beside=["full", "hashing trick"], repeats=repeats, warm_up=5, threads=None)
-        how.device, how.compile = device.type, compiled
-        tables[name] = measure(workload, allocations, 1, how)
-    return tables
+    how = argparse.Namespace(beside=["full", "hashing trick"], repeats=repeats, warm_up=5, threads=None)
+    how.device = device.type
+    return measure(workload, allocations, 1, how)
 
 
 def page(record: dict[str, Any]) -> str:
@@ -347,9 +343,9 @@ def page(record: dict[str, Any]) -> str:
         found = outcome["said"] if outcome["difference"] is None else f"{outcome['difference']:.2g}"
         numbers = f"{found} | {outcome['tolerance']:g} | {outcome['seconds']:.1f}"
         lines.append(f"| {outcome['check']} | {outcome['status']} | {numbers} |")
-    for name, rows in record["speed"].items():
-        lines += ["", f"26 tables of dim 64, {name}: minima, and minima / medians as ratios to full tables", ""]
-        lines += ["```", show(rows), "```"]
+    if record["speed"]:
+        lines += ["", "26 tables of dim 64, minima, and minima / medians as ratios to full tables", "", "```"]
+        lines += [show(record["speed"]), "```"]
     return "\n".join(lines) + "\n"
 
 
@@ -379,7 +375,7 @@ def main() -> int:
         "versions": {"python": platform.python_version(), "torch": torch.__version__}
         | installed(("torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "torchrec_lma")),
         "checks": [],
-        "speed": {},
+        "speed": [],
     }
     args.out.mkdir(parents=True, exist_ok=True)
 
@@ -396,8 +392,7 @@ def main() -> int:
     dist.destroy_process_group()
     record["speed"] = speeds(device, args.repeats)
     write()
-    for name, rows in record["speed"].items():
-        print(f"\n{name}\n{show(rows)}")
+    print(show(record["speed"]))
     return int(any(outcome["status"] == "failed" for outcome in record["checks"]))
 
 

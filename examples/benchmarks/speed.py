@@ -162,12 +162,9 @@ class Method:
 
 
 def methods(
-    workload: Workload, allocations: dict[str, Allocation], beside: Sequence[str], compiled: bool, device: torch.device
+    workload: Workload, allocations: dict[str, Allocation], beside: Sequence[str], device: torch.device
 ) -> list[Method]:
-    """LMA tables of each allocation, beside those of these names; the first is what the others are compared with.
-
-    `compiled`: torch.compile makes a few kernels of each remap.
-    """
+    """LMA tables of each allocation, beside those of these names; the first is what the others are compared with."""
     meta = torch.device("meta")
     small = workload.tables(divide_by=COMPRESSION)
 
@@ -187,13 +184,10 @@ def methods(
             EmbeddingBagCollection(tables, device=meta), ManagedCollisionCollection(modules, tables)
         )
 
-    def lma_tables(allocation: Allocation) -> nn.Module:
-        collection = LMAEmbeddingBagCollection(workload.tables(), allocation, device=meta)
-        for memory in collection.remap.memories.values() if compiled else ():
-            memory.compile(dynamic=True)
-        return collection
-
-    lma = [Method(name, partial(lma_tables, allocation)) for name, allocation in allocations.items()]
+    lma = [
+        Method(name, partial(LMAEmbeddingBagCollection, workload.tables(), allocation, device=meta))
+        for name, allocation in allocations.items()
+    ]
     others = [
         Method("full", lambda: EmbeddingBagCollection(workload.tables(), device=meta)),
         Method("hashing trick", lambda: EmbeddingBagCollection(small, device=meta), lambda x: hashed(x, small)),
@@ -316,7 +310,7 @@ def _on_rank(rank: int, world_size: int, store: str, allocations: str, job: dict
     dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=world_size)
     workload = Workload(**job["workload"])
     loaded = {name: Allocation.load(Path(allocations) / f"{i}.lma") for i, name in enumerate(job["allocations"])}
-    found = methods(workload, loaded, job["beside"], job["compile"], device)
+    found = methods(workload, loaded, job["beside"], device)
     if world_size == 1:
         time_embeddings(found, workload, job["repeats"], job["warm_up"], device)
         gc.collect()
@@ -339,7 +333,6 @@ def measure(workload: Workload, allocations: dict[str, Allocation], world_size: 
             "warm_up": args.warm_up,
             "threads": args.threads,
             "device": args.device,
-            "compile": args.compile,
         }
         results = f"{folder}/results.json"
         mp.spawn(_on_rank, (world_size, f"{folder}/store", folder, job, results), nprocs=world_size)
@@ -403,7 +396,6 @@ def main() -> None:
         "--widths", nargs="+", default=["default"], help="of LMA levels, such as 8,56; the default is that of LMAConfig"
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the ranks (default: %(default)s)")
-    parser.add_argument("--compile", action="store_true", help="the remaps of LMA tables, by torch.compile")
     parser.add_argument("--threads", type=int, help="of each rank (default: the cores, shared by the ranks)")
     parser.add_argument("--in-order", action="store_true", help="vocabularies are sorted by frequency")
     parser.add_argument("--raw-ids", action="store_true", help="also LMA tables of raw ids")

@@ -22,7 +22,7 @@ from torchrec_lma.allocation.validation import check_memory, check_tables
 from torchrec_lma.config import LMAConfig
 from torchrec_lma.files import replacing
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 FORMAT = "torchrec_lma.allocation"
 # The module of a collection whose buffers are the allocation, as keys of a checkpoint show it.
 STATE_PREFIX = "remap."
@@ -214,10 +214,9 @@ class Allocation:
             )
         version = metadata.get("format_version")
         if version != str(FORMAT_VERSION):
-            first_edition = " (of torchrec_lma's first edition, which cut memories into chunks)"
             raise ValueError(
-                f"{path} has allocation format version {version}{first_edition if version in ('1', '2') else ''}, this "
-                f"torchrec_lma reads version {FORMAT_VERSION}; build it again"
+                f"{path} has allocation format version {version}, this torchrec_lma reads version {FORMAT_VERSION}; "
+                "build it again"
             )
         if metadata.get("checksum") != _checksum(metadata):
             raise ValueError(f"{path} does not match its checksum; the file was damaged. Build it again")
@@ -242,16 +241,11 @@ class Allocation:
 
         Raises:
             FileNotFoundError: the folder holds no checkpoint.
-            ValueError: the checkpoint holds no LMA collection, more than one, one of the first edition, or what
-                torch.distributed.checkpoint or a builder does not write.
+            ValueError: the checkpoint holds no LMA collection, more than one, or what torch.distributed.checkpoint or a
+                builder does not write.
         """
         reader = checkpoint.CheckpointReader(path)
         stored = reader.read_metadata().state_dict_metadata
-        if any(key.endswith("addressing.header") for key in stored):
-            raise ValueError(
-                f"{path} is a checkpoint of torchrec_lma's first edition, which cut memories into chunks; this one "
-                "cannot read it: build an allocation and train again"
-            )
         header_key = f"{STATE_PREFIX}header"
         prefixes = [key.removesuffix(header_key) for key in stored if key.endswith(header_key)]
         if len(prefixes) != 1:
