@@ -18,7 +18,8 @@ IN_VENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 PYTHON_IN_VENV := $(IN_VENV) $(VENV)/bin/python
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 # Of every path one test file: train, shard, checkpoint and restart, export, serve.
-SMOKE := test_modules test_training_stack test_sharded test_train test_export test_serving_end_to_end
+SMOKE := test_modules distributed/test_training_stack distributed/test_sharded examples/test_train quant/test_export \
+	serving/test_serving_end_to_end
 
 # Of mypy in tests, which give wrong types on purpose and read values of any type from JSON and option lists.
 UNCHECKED := arg-type assignment func-returns-value index list-item misc operator union-attr

@@ -16,11 +16,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torchrec
-from ranks import run
-from sharded_model import Model as ShardedModel
-from sharded_model import assert_close as assert_weights_close
-from sharded_model import batch, build_allocation, initial_state, optimizer_of, train, train_reference, whole
-from sharded_model import tables as sharded_tables
 from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, KeyedTensor
 from torchrec.datasets.random import RandomRecDataset
@@ -51,6 +46,11 @@ from torchrec.modules.mc_modules import (
 )
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
+from support.ranks import run
+from support.sharded_model import Model as ShardedModel
+from support.sharded_model import assert_close as assert_weights_close
+from support.sharded_model import batch, build_allocation, initial_state, optimizer_of, train, train_reference, whole
+from support.sharded_model import tables as sharded_tables
 from torchrec_lma import (
     Allocation,
     AllocationBuilder,

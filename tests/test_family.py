@@ -5,11 +5,11 @@ from collections import Counter
 
 import pytest
 import torch
-from integer_reference import reference_key, reference_mix64, reference_salt, reference_to_row
 from torch import Tensor, nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from support.integer_reference import reference_key, reference_mix64, reference_salt, reference_to_row
 from torchrec_lma import Allocation, AllocationBuilder, LMAConfig, LMAEmbeddingBagCollection
 from torchrec_lma.allocation import RowsMinHash
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from integer_reference import MASK, reference_mix64, reference_to_row, reference_unmix64, signed
 
+from support.integer_reference import MASK, reference_mix64, reference_to_row, reference_unmix64, signed
 from torchrec_lma.hashing import level_multiplier, mix64, salt, table_salt, to_row, unmix64
 
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1

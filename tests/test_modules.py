@@ -5,7 +5,6 @@ import io
 import itertools
 import pickle
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ from torchrec import DataType, EmbeddingBagConfig, KeyedJaggedTensor, PoolingTyp
 from torchrec.datasets.utils import Batch
 from torchrec.models.dlrm import DLRM, DLRMTrain
 
+from support.paths import REPOSITORY
 from torchrec_lma import Allocation, AllocationBuilder, LMAConfig, LMAEmbeddingBagCollection
 
 SIZES = {"user": 300, "item": 120, "day": 3}  # the last one stays whole
@@ -319,7 +319,7 @@ def test_inference_mode() -> None:
 
 
 def test_the_snippet_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    readme = (REPOSITORY / "README.md").read_text()
     exec(readme.partition("```python\n")[2].partition("```")[0], {})
     printed = capsys.readouterr().out
     assert "torch.Size([256, 64])" in printed and "total" in printed

@@ -13,13 +13,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from integer_reference import MASK, Id, PlannedMemory, index_order, reference_key, reference_unmix64, signed
 from scipy import stats
 from torch import Tensor
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import get_embedding_names_by_table
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from support.integer_reference import MASK, Id, PlannedMemory, index_order, reference_key, reference_unmix64, signed
 from torchrec_lma import Allocation, AllocationBuilder, LMAConfig, LMAEmbeddingBagCollection
 from torchrec_lma.allocation import MemoryAllocation, RowsMinHash
 from torchrec_lma.allocation.bitmap import RankBitmap, bitmap_bytes, build_bitmap, popcount

@@ -12,10 +12,10 @@ from torchx import specs
 from torchx.components.component_test_base import ComponentTestCase
 
 import torchx_components.lma as lma
+from support.paths import REPOSITORY
 from torchrec_lma import Allocation
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-COMPONENTS = Path(__file__).resolve().parents[1] / "torchx_components" / "lma.py"
+COMPONENTS = REPOSITORY / "torchx_components" / "lma.py"
 
 WRITE_RANK = """\
 import os, sys

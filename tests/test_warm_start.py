@@ -5,13 +5,13 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 import torch
-from closest_embeddings import closest
 from torch import Tensor
 from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import torchrec_lma.conversion as conversion
+from support.closest_embeddings import closest
 from torchrec_lma import Allocation, AllocationBuilder, LMAConfig, LMAEmbeddingBagCollection
 from torchrec_lma.allocation import RowsMinHash
 from torchrec_lma.least_squares import LeastSquares
