@@ -6,14 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import test_modules
-import test_sequences
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torchrec import KeyedJaggedTensor, PoolingType
 from torchrec.pt2.utils import register_fake_classes
 
+from support import pooled_collection, sequence_collection
 from torchrec_lma.quant import quantize
 
 register_fake_classes()  # of what FBGEMM's quantized tables hold
@@ -23,28 +22,28 @@ class Pooled(nn.Module):
     def __init__(self, kind: str, weighted: bool) -> None:
         super().__init__()
         self.weighted = weighted
-        self.ebc = test_modules.collection(kind, pooling=PoolingType.MEAN, is_weighted=weighted)
+        self.ebc = pooled_collection.collection(kind, pooling=PoolingType.MEAN, is_weighted=weighted)
 
     def forward(self, values: Tensor, lengths: Tensor, weights: Tensor) -> Tensor:
         given = weights if self.weighted else None
-        return self.ebc(KeyedJaggedTensor(test_modules.FEATURES, values, given, lengths)).values()
+        return self.ebc(KeyedJaggedTensor(pooled_collection.FEATURES, values, given, lengths)).values()
 
     def arguments(self, seed: int) -> tuple[Tensor, ...]:
-        features = test_modules.batch(seed, rows=8 + seed, weighted=True)
+        features = pooled_collection.batch(seed, rows=8 + seed, weighted=True)
         return features.values(), features.lengths(), features.weights()
 
 
 class Sequences(nn.Module):
     def __init__(self, kind: str) -> None:
         super().__init__()
-        self.ec = test_sequences.collection(kind)
+        self.ec = sequence_collection.collection(kind)
 
     def forward(self, values: Tensor, lengths: Tensor) -> Tensor:
-        found = self.ec(KeyedJaggedTensor(["other", *test_sequences.FEATURES], values, lengths=lengths))
-        return torch.cat([found[name].values() for name in test_sequences.SLOTS])
+        found = self.ec(KeyedJaggedTensor(["other", *sequence_collection.FEATURES], values, lengths=lengths))
+        return torch.cat([found[name].values() for name in sequence_collection.SLOTS])
 
     def arguments(self, seed: int) -> tuple[Tensor, ...]:
-        features = test_sequences.batch(seed, rows=8 + seed)
+        features = sequence_collection.batch(seed, rows=8 + seed)
         return features.values(), features.lengths()
 
 

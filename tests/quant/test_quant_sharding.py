@@ -5,7 +5,6 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from test_quant import FEATURES, Model, collection, make_batch, make_tables, quantized, same
 from torch import nn
 from torchrec.distributed.fused_params import (
     FUSED_PARAM_QUANT_STATE_DICT_SPLIT_SCALE_BIAS,
@@ -27,6 +26,7 @@ from torchrec.modules.embedding_configs import PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from support.quantized_model import FEATURES, Model, collection, make_batch, make_tables, quantized, same
 from support.quantized_reference import decoded_tables, pooled_by_hand
 from torchrec_lma.quant import quantize, script
 

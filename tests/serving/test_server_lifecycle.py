@@ -3,18 +3,16 @@
 import asyncio
 import concurrent.futures
 import gc
-import json
 import logging
 import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 import urllib.request
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,6 +24,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from support.running_server import FLOATS, IDS, POISON, Rows, Running, running, save_model
+from support.server_process import event, serve_process, until
 from torchrec_lma.cli import main
 from torchrec_lma.serving.batching import Limits
 from torchrec_lma.serving.client import PredictionClient
@@ -42,14 +41,6 @@ def untried(monkeypatch: pytest.MonkeyPatch) -> None:
     async def nothing(*_: object) -> None: ...
 
     monkeypatch.setattr("torchrec_lma.serving.model_store.try_model", nothing)
-
-
-def until(condition: Callable[[], bool], seconds: float = 60) -> None:
-    """Waits for what must come."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come"
-        time.sleep(0.005)
 
 
 class Gate:
@@ -336,28 +327,6 @@ def test_tls_with_client_certificates(tmp_path: Path) -> None:
                 with pytest.raises(grpc.RpcError) as refused:
                     client.predict(floats, features)
                 assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
-
-
-@contextmanager
-def serve_process(*options: str) -> Iterator[tuple[subprocess.Popen, list[dict]]]:
-    """`torchrec-lma serve` in a process of its own, and its log, which grows."""
-    process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-m", "torchrec_lma.cli", "serve", *options], stderr=subprocess.PIPE, text=True
-    )
-    lines: list[dict] = []
-    reader = threading.Thread(target=lambda: lines.extend(map(json.loads, process.stderr)))
-    reader.start()
-    try:
-        yield process, lines
-    finally:
-        process.kill()
-        process.wait()
-        reader.join()
-
-
-def event(process: subprocess.Popen, log: list[dict], name: str, count: int = 1, seconds: float = 60) -> dict:
-    until(lambda: sum(line["event"] == name for line in log) >= count or process.poll() is not None, seconds)
-    return [line for line in log if line["event"] == name][-1]
 
 
 def test_serve_command_logs_json_and_obeys_signals(tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_server_lifecycle import event, serve_process, until
 
 from support.running_server import FLOATS, IDS, Rows, running, save_model
+from support.server_process import event, serve_process, until
 from torchrec_lma.serving import loading, model
 from torchrec_lma.serving.model import Model
 from torchrec_lma.serving.model_store import ModelStore
