@@ -102,7 +102,7 @@ class Similarity:
     """
 
     def __init__(self, observed: ObservedIds, source: Mapping[str, Any]) -> None:
-        self._observed = observed
+        self.observed = observed
         self._of_rows = source["name"] == "rows-minhash"
         self._weighted = source.get("weighted", False)
         self._max_rows = source.get("max_rows")
@@ -118,17 +118,17 @@ class Similarity:
         """The set of an id: rows, or ids of other tables, int64 [n] ascending, and their weights, int64 [n]."""
         rows = self._rows(item)
         if self._of_rows:
-            elements, weights = rows, self._observed.row_count[rows]
+            elements, weights = rows, self.observed.row_count[rows]
         else:
-            beside, row = self._observed.in_rows(rows)
-            table = self._observed.table[beside]
-            kept = torch.isin(table, self._context) & (table != self._observed.table[item])
+            beside, row = self.observed.in_rows(rows)
+            table = self.observed.table[beside]
+            kept = torch.isin(table, self._context) & (table != self.observed.table[item])
             elements, which = torch.unique(beside[kept], return_inverse=True)
-            weights = torch.zeros_like(elements).index_add_(0, which, self._observed.row_count[row[kept]])
+            weights = torch.zeros_like(elements).index_add_(0, which, self.observed.row_count[row[kept]])
         return elements, weights if self._weighted else torch.ones_like(weights)
 
-    def __call__(self, one: int, other: int) -> float:
-        (elements, weights), (others, other_weights) = self.set_of(one), self.set_of(other)
+    def __call__(self, first: int, second: int) -> float:
+        (elements, weights), (others, other_weights) = self.set_of(first), self.set_of(second)
         both, which = torch.unique(torch.cat([elements, others]), return_inverse=True)
         sums = torch.zeros(2, both.numel(), dtype=torch.int64)
         sums[0, which[: elements.numel()]] = weights
@@ -141,10 +141,10 @@ class Similarity:
         if not self._of_rows:
             elements = self._drawn(self.set_of(item)[0], random)
             rows = torch.cat([rows[:0], *(self._drawn(self._rows(int(element)), random) for element in elements)])
-        return self._observed.in_rows(rows.unique())[0].unique()
+        return self.observed.in_rows(rows.unique())[0].unique()
 
     def _rows(self, item: int) -> Tensor:
-        rows = self._observed.rows_of(item)
+        rows = self.observed.rows_of(item)
         # Rows are in the order of their hashes, as in the builder's sample.
         return rows if self._max_rows is None else rows[rows < self._max_rows]
 
