@@ -30,6 +30,7 @@ from support.servable_models import (
     IDS,
     ROWS,
     SCORED,
+    SequenceSums,
     make_allocation,
     make_dlrm,
     make_tables,
@@ -112,6 +113,23 @@ def test_the_metadata_names_the_features(tmp_path: Path) -> None:
         "dtype": "fp16",
         "allocation_fingerprint": ",".join(fingerprints),
     }
+
+
+def test_tables_of_sequences_are_exported_with_their_fingerprint(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = SequenceSums()
+    servable = of_dlrm(model)
+    features = servable_models.KeyedJaggedTensor(
+        keys=IDS,
+        values=servable.sample["id_list_features.values"],
+        lengths=servable.sample["id_list_features.lengths"],
+    )
+    bags = [features[name].to_dense() for name in IDS]
+    sums = [torch.stack([model.ec.materialize(f"t_{f}", ids).sum(0) for ids in of]) for f, of in zip(IDS, bags)]
+    expected = model.over(torch.cat([servable.sample["float_features"], *sums], 1)).detach().reshape(-1).sigmoid()
+    path = export(servable, tmp_path / "model.pt", "fp16").path
+    torch.testing.assert_close(torch.jit.load(path)(servable.sample)["default"], expected, rtol=0, atol=1e-3)
+    assert metadata_of(path)["allocation_fingerprint"] == model.ec.allocation.fingerprint
 
 
 def test_a_failed_check_leaves_the_old_file(tmp_path: Path) -> None:

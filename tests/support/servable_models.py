@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torchrec.models.dlrm import DLRM
-from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingBagCollectionInterface
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
-from torchrec_lma import Allocation, AllocationBuilder, LMAConfig, LMAEmbeddingBagCollection
+from torchrec_lma import Allocation, AllocationBuilder, LMAConfig, LMAEmbeddingBagCollection, LMAEmbeddingCollection
 from torchrec_lma.quant import ServableModel, load_checkpoint, request
 
 ROWS = 20
@@ -78,6 +78,24 @@ class Mixed(nn.Module):
     ) -> Tensor:
         pooled = [self.plain(features).values(), self.scored(scored_features).values()]
         return self.over(torch.cat([float_features, *pooled], dim=1))
+
+
+class SequenceSums(nn.Module):
+    """A vector for each id, summed over its bag in the model itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        tables = [EmbeddingConfig(name=f"t_{f}", num_embeddings=500, embedding_dim=8, feature_names=[f]) for f in IDS]
+        self.ec = LMAEmbeddingCollection(tables, make_allocation(make_tables(IDS)))
+        self.over = nn.Linear(3 + 2 * 8, 1)
+
+    def forward(self, float_features: Tensor, features: KeyedJaggedTensor) -> Tensor:
+        found: dict[str, JaggedTensor] = self.ec(features)
+        sums = [
+            torch.segment_reduce(found[name].values(), "sum", lengths=found[name].lengths().long(), initial=0.0)
+            for name in list(IDS)
+        ]
+        return self.over(torch.cat([float_features] + sums, dim=1))  # noqa: RUF005  torch.fx traces no starred lists
 
 
 def mixed(checkpoint: Path, allocation: Allocation | None) -> ServableModel:

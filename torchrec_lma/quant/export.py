@@ -19,8 +19,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_lma.allocation import Allocation
 from torchrec_lma.checkpoint import CheckpointReader, load
+from torchrec_lma.collection import LMACollection
 from torchrec_lma.files import replacing
-from torchrec_lma.modules import LMAEmbeddingBagCollection
 from torchrec_lma.quant.transforms import DTYPES, quantize, script
 from torchrec_lma.serving.contract import METADATA_FILE, Contract
 
@@ -233,16 +233,8 @@ def export(
     tolerance = TOLERANCES[dtype] if tolerance is None else tolerance
     _check_sample(servable)
     model = ContractModule(servable, device).requires_grad_(False)
+    contract = _contract(servable, dtype)
     sample = {key: value.to(device) for key, value in servable.sample.items()}
-    fingerprints = [m.allocation.fingerprint for m in model.modules() if isinstance(m, LMAEmbeddingBagCollection)]
-    contract = Contract(
-        tuple(servable.float_features),
-        tuple(servable.id_list_features),
-        tuple(servable.id_score_list_features),
-        tuple(servable.string_features),
-        dtype=dtype,
-        allocation_fingerprint=",".join(fingerprints),
-    )
     in_float = model(sample)["default"]
     quantize(model, DTYPES[dtype])
     requests = _in_id_types(sample)
@@ -261,14 +253,32 @@ def export(
             script_file.write_bytes(content)
         except OSError as error:
             raise OSError(error.errno, f"{error.strerror} for {len(content):,} bytes", str(path)) from error
-        for request, served, wanted in zip(requests, predict_in_new_process(script_file, requests), expected):
-            if not torch.equal(served, wanted):
-                ids = {key: str(value.dtype) for key, value in request.items() if key.startswith("id_")}
-                raise CheckFailed(
-                    f"the scripted model gives other predictions in a new process than the quantized one here: largest "
-                    f"difference {_difference(served, wanted)} on {len(wanted)} rows with {ids}"
-                )
+        _check_in_new_process(script_file, requests, expected)
     return Exported(path, path.stat().st_size, len(in_float), difference, tolerance)
+
+
+def _contract(servable: ServableModel, dtype: str) -> Contract:
+    """What the file says of itself, for the log of a server and for its clients."""
+    collections = [module for module in servable.model.modules() if isinstance(module, LMACollection)]
+    return Contract(
+        tuple(servable.float_features),
+        tuple(servable.id_list_features),
+        tuple(servable.id_score_list_features),
+        tuple(servable.string_features),
+        dtype=dtype,
+        allocation_fingerprint=",".join(dict.fromkeys(each.allocation.fingerprint for each in collections)),
+    )
+
+
+def _check_in_new_process(path: Path, requests: list[dict[str, Tensor]], expected: list[Tensor]) -> None:
+    """Raises CheckFailed where an exported model does not predict exactly what is expected."""
+    for request, served, wanted in zip(requests, predict_in_new_process(path, requests), expected):
+        if not torch.equal(served, wanted):
+            ids = {key: str(value.dtype) for key, value in request.items() if key.startswith("id_")}
+            raise CheckFailed(
+                f"the scripted model gives other predictions in a new process than the quantized model here: largest "
+                f"difference {_difference(served, wanted)} on {len(wanted)} rows with {ids}"
+            )
 
 
 def predict_in_new_process(path: Path, requests: list[dict[str, Tensor]]) -> list[Tensor]:
