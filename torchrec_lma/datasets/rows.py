@@ -7,8 +7,8 @@
 
 The flow of one row: a *unit* (a parquet row group, a TSV file) is read in chunks as it is stored; the rows of the
 asked split and of the rank's share are kept; `encode_ids` and `encode_numeric` turn their columns into ids and floats;
-shuffling and batching are `take` and `slice` of Arrow batches; `_to_batch` hands the buffers over to torch. No step
-loops over rows or ids in Python, and memory is bounded by `shuffle_rows`, not by the data.
+shuffling (windows.py) and batching are `take` and `slice` of Arrow batches; `_to_batch` gives the buffers to torch.
+No step loops over rows or ids in Python, and memory is bounded by `shuffle_rows`, not by the data.
 
 Serving must encode requests as training did: `encode_ids` and `encode_numeric` are the two functions to call.
 """
@@ -29,7 +29,6 @@ from torchrec.datasets.utils import Batch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_lma.datasets.columns import (
-    as_bags,
     as_labels,
     encode_ids,
     encode_numeric,
@@ -38,6 +37,7 @@ from torchrec_lma.datasets.columns import (
     time_type,
 )
 from torchrec_lma.datasets.schema import SPLITS, Schema, Split, part
+from torchrec_lma.datasets.windows import shuffled
 
 READ_ROWS = 1 << 16  # rows decoded at a time
 
@@ -153,28 +153,31 @@ class RowDataset(ABC):
         num_batches = self.num_batches(split, batch_size, world_size, drop_last)
         if not 0 <= first_batch <= num_batches:
             raise ValueError(f"first_batch={first_batch} must be at least 0 and at most the {num_batches} of the pass")
-        rows = self.num_rows(split)
-        start, stop = rows * rank // world_size, rows * (rank + 1) // world_size
+        start, stop = self._share(split, rank, world_size)
         stop = min(stop, start + num_batches * batch_size)
         window_rows = max(1, (READ_ROWS if shuffle_seed is None else shuffle_rows) // batch_size) * batch_size
+        windows, skipped = divmod(first_batch * batch_size, window_rows)
+        random = np.random.default_rng([shuffle_seed, epoch, rank]) if shuffle_seed is not None else None
+        if random is not None:
+            for _ in range(windows):
+                random.permutation(window_rows)  # drawn all the same: the next ones follow from it
+        rows = shuffled(self._encoded(split, start + windows * window_rows, stop), window_rows, random)
+        empty = num_batches - max(-(-(stop - start) // batch_size), first_batch)
+        return self._cut(rows, batch_size, skipped, empty)
 
-        def generate() -> Iterator[Batch]:
-            random = np.random.default_rng([shuffle_seed, epoch, rank]) if shuffle_seed is not None else None
-            windows, first = divmod(first_batch * batch_size, window_rows)  # to skip, and row to start at in the next
-            if random is not None:
-                for _ in range(windows):
-                    random.permutation(window_rows)  # drawn all the same: the next ones follow from it
-            for window in _rechunk(self._encoded(split, start + windows * window_rows, stop), window_rows):
-                if random is not None:
-                    window = window.take(pa.array(random.permutation(window.num_rows)))
-                for offset in range(first, window.num_rows, batch_size):
-                    yield self._to_batch(window.slice(offset, batch_size))
-                first = 0
-            with_rows = -(-(stop - start) // batch_size)
-            for _ in range(num_batches - max(with_rows, first_batch)):
-                yield self._to_batch(self._no_rows())
+    def _cut(self, windows: Iterable[pa.RecordBatch], batch_size: int, skipped: int, empty: int) -> Iterator[Batch]:
+        """Windows in batches, without the first `skipped` rows; then `empty` batches of no rows."""
+        for window in windows:
+            for offset in range(skipped, window.num_rows, batch_size):
+                yield self._to_batch(window.slice(offset, batch_size))
+            skipped = 0
+        for _ in range(empty):
+            yield self._to_batch(self._no_rows())
 
-        return generate()
+    def _share(self, split: str, rank: int, world_size: int) -> tuple[int, int]:
+        """The rows [start, stop) of a split that a rank reads."""
+        rows = self.num_rows(split)
+        return rows * rank // world_size, rows * (rank + 1) // world_size
 
     def distinct_ids(self, split: str = "train", rank: int = 0, world_size: int = 1) -> dict[str, np.ndarray]:
         """The ids of each categorical column in `split`, int64 [distinct], ascending. One pass, 8 bytes a distinct id.
@@ -186,8 +189,7 @@ class RowDataset(ABC):
         """
         known = {name: np.empty(0, np.int64) for name in self.schema.categorical}
         new: dict[str, list[np.ndarray]] = {name: [] for name in known}
-        rows = self.num_rows(split)
-        for batch in self._encoded(split, rows * rank // world_size, rows * (rank + 1) // world_size):
+        for batch in self._encoded(split, *self._share(split, rank, world_size)):
             for name, pending in new.items():
                 pending.append(pd.unique(_values(batch.column(name))))
                 if sum(map(len, pending)) > max(READ_ROWS, len(known[name])):  # seldom enough: O(n log n) in all
@@ -349,39 +351,6 @@ def _naming(path: str, *columns: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{path}: column {', '.join(map(repr, columns))}: {error}") from error
-
-
-def _rechunk(batches: Iterable[pa.RecordBatch], rows: int) -> Iterator[pa.RecordBatch]:
-    """The same rows in batches of `rows`; the last may be smaller."""
-    held: list[pa.RecordBatch] = []
-    size = 0
-    for batch in batches:
-        held.append(batch)
-        size += batch.num_rows
-        if size >= rows:
-            joined = _concat(held)
-            full = size - size % rows
-            for start in range(0, full, rows):
-                yield joined.slice(start, rows)
-            held, size = [joined.slice(full)], size - full
-    if size:
-        yield _concat(held)
-
-
-def _concat(batches: list[pa.RecordBatch]) -> pa.RecordBatch:
-    """The rows of `_encoded` batches, a column of which may have single ids in one file and lists in another."""
-    if any(batch.schema != batches[0].schema for batch in batches):
-        lists = {field.name for batch in batches for field in batch.schema if pa.types.is_large_list(field.type)}
-        batches = [
-            pa.RecordBatch.from_pydict(
-                {
-                    name: as_bags(batch.column(name)) if name in lists else batch.column(name)
-                    for name in batch.schema.names
-                }
-            )
-            for batch in batches
-        ]
-    return pa.concat_batches(batches)
 
 
 def _values(column: pa.Array) -> np.ndarray:
