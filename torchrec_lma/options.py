@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, PoolingType
+from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig
 
 from torchrec_lma.allocation import Allocation, AllocationBuilder, ContextMinHash, RowsMinHash, Source
 from torchrec_lma.config import WEIGHT_TYPES, LMAConfig
@@ -52,33 +52,31 @@ def positive_number(text: str) -> float:
 def add_data_options(
     parser: argparse.ArgumentParser, default: str | None = MOVIELENS, needs_label: bool = True
 ) -> None:
-    group = parser.add_argument_group("data")
+    group = parser.add_argument_group("data (docs/data.md)")
     group.add_argument(
         "--data",
         default=default,
         metavar="WHAT",
-        help=f"{MOVIELENS} (fetched with pip and cached), a parquet file, a folder of them, which are read in the "
-        "natural order of their names, or a quoted pattern such as 'clicks/day_*'; with --format criteo TSV files, "
-        f"with --format npy a folder of COLUMN.npy (default: {default or 'no data'})",
+        help=f"A parquet file, a folder of them, which are read in the natural order of their names, or a quoted "
+        f"pattern such as 'clicks/day_*'; or {MOVIELENS}, which pip fetches once (default: {default or 'no data'}).",
     )
     group.add_argument(
-        "--format", choices=("parquet", "criteo", "npy"), default="parquet", help="of --data when it is a path"
+        "--format",
+        choices=("parquet", "criteo", "npy"),
+        default="parquet",
+        help="What --data holds: parquet files, Criteo's TSV files, or a folder of one COLUMN.npy for each column "
+        "(default: %(default)s).",
     )
-    group.add_argument(
-        "--label",
-        metavar="COLUMN",
-        help="parquet, npy: the 0/1 column to predict" + ("" if needs_label else ", which is not needed and not read"),
-    )
-    group.add_argument("--categorical", nargs="+", default=[], metavar="COLUMN", help="parquet, npy: columns of ids")
-    group.add_argument("--numeric", nargs="+", default=[], metavar="COLUMN", help="parquet, npy: columns of numbers")
+    unused = "" if needs_label else " It is not read here."
+    group.add_argument("--label", metavar="COLUMN", help=f"The column of 0 and 1 to predict.{unused}")
+    group.add_argument("--categorical", nargs="+", default=[], metavar="COLUMN", help="The columns of ids.")
+    group.add_argument("--numeric", nargs="+", default=[], metavar="COLUMN", help="The columns of numbers.")
     group.add_argument(
         "--split",
         metavar="HOW",
-        help="time:COLUMN puts the last rows by that column in the test, hash draws rows at random, time follows the "
-        "order of the data (default: hash)",
+        help="Which tenth of the rows is for validation and which for the test: time:COLUMN takes the last ones by "
+        "that column, time the last ones in the order of the data, hash draws them at random (default: hash).",
     )
-    group.add_argument("--validation-fraction", type=float, default=0.1, metavar="SHARE")
-    group.add_argument("--test-fraction", type=float, default=0.1, metavar="SHARE")
 
 
 def open_dataset(args: argparse.Namespace, needs_label: bool = True) -> RowDataset:
@@ -90,7 +88,7 @@ def open_dataset(args: argparse.Namespace, needs_label: bool = True) -> RowDatas
     by, _, column = how.partition(":")
     if by not in ("time", "hash"):
         raise ValueError(f"--split {how!r} is unknown; give time:COLUMN, time or hash")
-    split = Split(by, (column,) if column else (), args.validation_fraction, args.test_fraction)
+    split = Split(by, (column,) if column else ())
     if args.data == MOVIELENS:
         schema = movielens.SCHEMA if needs_label else replace(movielens.SCHEMA, label=None)
         return ParquetDataset(movielens.prepare(), schema, split)
@@ -117,21 +115,23 @@ def _said(dataset: RowDataset) -> RowDataset:
 
 def add_table_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("tables")
-    group.add_argument("--dim", type=positive, default=32, help="embedding_dim of every table (default: %(default)s)")
+    group.add_argument(
+        "--dim", type=positive, default=32, help="The embedding_dim of every table (default: %(default)s)."
+    )
     group.add_argument(
         "--num-embeddings",
         type=positive,
         metavar="ROWS",
-        help="rows of each full table, which is what compression is measured against. Ids are then taken as they are: "
-        "full tables take them modulo ROWS, LMA tables raw. Without it the distinct ids of the training rows are a "
-        "vocabulary, which takes one more pass over them",
+        help="Rows of each full table, against which compression is measured. Ids are then taken as they are: full "
+        "tables take them modulo ROWS, LMA tables raw. Without it the distinct ids of the training rows are a "
+        "vocabulary, which takes another pass over them.",
     )
     group.add_argument(
         "--data-type",
         choices=[data_type.name for data_type in WEIGHT_TYPES],
-        help="of the weights (default: FP32 of full tables, FP16 of LMA tables, which stand for full ones of FP32)",
+        help="The type of the weights (default: FP32 for full tables, FP16 for LMA tables, which stand for full tables "
+        "of FP32).",
     )
-    group.add_argument("--pooling", choices=("SUM", "MEAN"), default="SUM", help="of features with several ids a row")
 
 
 def make_vocabulary(args: argparse.Namespace, dataset: RowDataset) -> Vocabulary | None:
@@ -172,7 +172,7 @@ def make_tables(args: argparse.Namespace, num_embeddings: dict[str, int]) -> lis
     # LMA tables stand for full tables of FP32, whatever their own weights are.
     data_type = args.data_type if getattr(args, "table", "lma") == "full" and args.data_type is not None else "FP32"
     # TorchRec's default, +-1/sqrt(rows) of each table by itself, starts all columns of a table of 3 rows at +-0.58. On
-    # MovieLens that costs 0.003 of AUC, full tables as LMA's whole ones. All kinds start alike here.
+    # MovieLens that costs 0.003 of AUC, full tables as LMA's whole ones. All tables start alike here.
     bound = (len(num_embeddings) / sum(num_embeddings.values())) ** 0.5
     return [
         EmbeddingBagConfig(
@@ -180,7 +180,6 @@ def make_tables(args: argparse.Namespace, num_embeddings: dict[str, int]) -> lis
             num_embeddings=rows,
             embedding_dim=args.dim,
             feature_names=[column],
-            pooling=PoolingType[args.pooling],
             data_type=DataType[data_type],
             weight_init_min=-bound,
             weight_init_max=bound,
@@ -189,50 +188,35 @@ def make_tables(args: argparse.Namespace, num_embeddings: dict[str, int]) -> lis
     ]
 
 
-def add_lma_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("LMA")
+def add_lma_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Returns their group."""
+    group = parser.add_argument_group("allocation (docs/allocations.md)")
     budget = group.add_mutually_exclusive_group()
-    budget.add_argument("--compression", type=float, metavar="FACTOR", help="full size over budget (default: 16)")
-    budget.add_argument("--memory-bytes", type=positive, metavar="BYTES", help="the budget itself")
-    group.add_argument(
-        "--skew",
-        type=float,
-        default=LMAConfig.skew,
-        help="0 gives all ids as many columns, more gives more to the frequent ones (default: %(default)s)",
+    budget.add_argument(
+        "--compression", type=float, metavar="FACTOR", help="Size of the full tables over the budget (default: 16)."
     )
-    group.add_argument(
-        "--widths",
-        type=positive,
-        nargs="+",
-        metavar="COLUMNS",
-        help="of the levels, which add up to --dim (default: chosen)",
-    )
+    budget.add_argument("--memory-bytes", type=positive, metavar="BYTES", help="The budget itself.")
     group.add_argument(
         "--source",
         choices=SOURCES,
         default="none",
-        help="which ids without a row of their own share one: any, those in the same rows, or those that the same ids "
-        "stand beside (default: %(default)s)",
+        help="Which ids without a row of their own share one: any, those that are in the same rows of the data, or "
+        "those that occur beside the same ids (default: %(default)s).",
     )
     group.add_argument(
         "--raw-ids",
         action="store_true",
-        help="take any 64-bit ids, without a vocabulary: for ids that come and go",
+        help="Take any 64-bit ids, without a vocabulary: for ids that come and go.",
     )
+    return group
 
 
 def make_config(args: argparse.Namespace) -> LMAConfig:
     compression = args.compression
     if compression is None and args.memory_bytes is None:
         compression = 16
-    return LMAConfig(
-        compression,
-        args.memory_bytes,
-        tuple(args.widths) if args.widths else None,
-        args.data_type,
-        args.skew,
-        raw_ids=args.raw_ids or args.num_embeddings is not None,
-    )
+    raw_ids = args.raw_ids or args.num_embeddings is not None
+    return LMAConfig(compression, args.memory_bytes, data_type=args.data_type, raw_ids=raw_ids)
 
 
 def make_builder(args: argparse.Namespace, tables: list[EmbeddingBagConfig]) -> AllocationBuilder:
@@ -295,9 +279,9 @@ def load_vocabulary(path: Path, allocation: Allocation) -> Vocabulary | None:
 
 def check_id_types(then: dict[str, str], now: dict[str, str], where: object) -> None:
     """Raises ValueError where a column holds other ids than it did."""
-    for column, kind in then.items():
-        if now.get(column, kind) != kind:
+    for column, id_type in then.items():
+        if now.get(column, id_type) != id_type:
             raise ValueError(
-                f"column {column!r} had {kind} in the data of {where} and has {now[column]} now, in which equal ids "
+                f"column {column!r} had {id_type} in the data of {where} and has {now[column]} now, in which equal ids "
                 "are not equal: give it in the type that it had"
             )

@@ -32,82 +32,98 @@ class Parser(argparse.ArgumentParser):
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", choices=("lma", "full"), default="lma", help="kind of tables (default: %(default)s)")
+    parser.add_argument(
+        "--table", choices=("lma", "full"), default="lma", help="LMA tables or full ones (default: %(default)s)."
+    )
     add_data_options(parser)
     add_table_options(parser)
-    add_lma_options(parser)
-    parser.add_argument_group("LMA").add_argument(
+    add_lma_options(parser).add_argument(
         "--allocation",
         type=Path,
         metavar="FILE",
-        help="from `torchrec-lma allocate`, of these or of earlier rows of the same columns, with its vocabulary; "
-        "without it one is built first",
+        help="An allocation from `torchrec-lma allocate`, of these or of earlier rows of the same columns, with its "
+        "vocabulary beside it. Without it one is built first.",
     )
 
     model = parser.add_argument_group("model")
     model.add_argument(
-        "--dense-layers", type=positive, nargs="*", default=[64], metavar="WIDTH", help="before the last, dim"
+        "--dense-layers",
+        type=positive,
+        nargs="*",
+        default=[64],
+        metavar="WIDTH",
+        help="Layers that numbers go through before the one of --dim (default: 64).",
     )
     model.add_argument(
-        "--over-layers", type=positive, nargs="*", default=[128, 64], metavar="WIDTH", help="before the logit"
+        "--over-layers",
+        type=positive,
+        nargs="*",
+        default=[128, 64],
+        metavar="WIDTH",
+        help="Layers between the interactions and the logit (default: 128 64).",
     )
 
     training = parser.add_argument_group("training")
-    training.add_argument("--batch-size", type=positive, default=512, help="rows on each rank (default: %(default)s)")
-    training.add_argument("--epochs", type=positive, default=1, help="at most (default: %(default)s)")
+    training.add_argument(
+        "--batch-size", type=positive, default=512, help="Rows in a batch, on each rank (default: %(default)s)."
+    )
+    training.add_argument("--epochs", type=positive, default=1, help="Epochs at most (default: %(default)s).")
+    training.add_argument("--max-steps", type=positive, metavar="N", help="Steps at most, of all epochs together.")
     training.add_argument(
         "--evaluations-per-epoch",
         type=positive,
         default=3,
         metavar="N",
-        help="how often the validation rows are scored (default: %(default)s)",
+        help="How often in an epoch the validation rows are scored (default: %(default)s).",
     )
     training.add_argument(
         "--patience",
         type=positive,
         default=3,
         metavar="N",
-        help="stop after this many evaluations without a better validation AUC (default: %(default)s)",
+        help="Stop after this many evaluations without a better validation AUC (default: %(default)s).",
     )
     training.add_argument(
-        "--optimizer", choices=OPTIMIZERS, default="rowwise-adagrad", help="of the tables (default: %(default)s)"
+        "--optimizer",
+        choices=OPTIMIZERS,
+        default="rowwise-adagrad",
+        help="The optimizer of the tables; that of the layers is Adam (default: %(default)s).",
     )
-    training.add_argument("--lr", type=positive_number, default=0.05, help="of the tables (default: %(default)s)")
     training.add_argument(
-        "--dense-lr", type=positive_number, default=1e-3, help="of the layers, Adam (default: %(default)s)"
+        "--lr", type=positive_number, default=0.05, help="Learning rate of the tables (default: %(default)s)."
     )
-    training.add_argument("--seed", type=int, default=0, help="of weights and shuffling (default: %(default)s)")
-
-    sharding = parser.add_argument_group("sharding")
-    sharding.add_argument(
+    training.add_argument(
+        "--dense-lr", type=positive_number, default=1e-3, help="Learning rate of the layers (default: %(default)s)."
+    )
+    training.add_argument(
+        "--seed", type=int, default=0, help="Seed of the first weights and of shuffling (default: %(default)s)."
+    )
+    training.add_argument(
         "--sharding-types",
         nargs="+",
         metavar="TYPE",
         choices=[sharding_type.value for sharding_type in ShardingType],
-        help="what the planner may choose from (default: all)",
+        help="Sharding types that the planner may choose from (default: all).",
     )
-
-    run = parser.add_argument_group("run")
-    run.add_argument("--max-steps", type=positive, metavar="N", help="stop after this many steps of all epochs")
-    run.add_argument("--json", type=Path, metavar="FILE", help="write a record of the run")
+    training.add_argument("--json", type=Path, metavar="FILE", help="Write a record of the run.")
 
     restart = parser.add_argument_group("restart (docs/restart.md)")
     restart.add_argument(
         "--checkpoint-dir",
         type=Path,
         metavar="DIR",
-        help="save after every evaluation, at the end, and at SIGTERM or Ctrl-C, which end the run with status "
-        f"{EXIT_TERMINATED}; on a file system that all ranks share",
+        help="Save there after every evaluation, at the end, and at SIGTERM or Ctrl-C, which end the run with status "
+        f"{EXIT_TERMINATED}. All ranks must share the file system.",
     )
     restart.add_argument(
-        "--checkpoint-every", type=positive, metavar="N", help="also save after every N steps of an epoch"
+        "--checkpoint-every", type=positive, metavar="N", help="Save after every N steps of an epoch too."
     )
     restart.add_argument(
         "--keep",
         type=positive,
         default=2,
         metavar="K",
-        help="newest checkpoints to keep, beside the best one (default: %(default)s)",
+        help="How many of the newest checkpoints to keep, beside the best (default: %(default)s).",
     )
     restart.add_argument(
         "--resume",
@@ -115,8 +131,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         const="required",
         choices=("required", "auto"),
         metavar="auto",
-        help="go on from the newest whole checkpoint in --checkpoint-dir, which must be there; auto: start where there "
-        "is none, for a command that a scheduler runs again; a restart by torchrun goes on without being told",
+        help="Continue from the newest whole checkpoint in --checkpoint-dir, which must be there; with auto start "
+        "where there is none, for a command that a scheduler runs again. A restart by torchrun continues without it.",
     )
     args = parser.parse_args(arguments)
     for option in ("resume", "checkpoint_every"):
@@ -124,6 +140,6 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{option.replace('_', '-')} needs --checkpoint-dir")
     if args.table == "full" and args.raw_ids:
         parser.error(
-            "--raw-ids is of LMA tables; full tables take the ids of a vocabulary, or with --num-embeddings hashes"
+            "--raw-ids is for LMA tables; full tables take the ids of a vocabulary, or with --num-embeddings hashes"
         )
     return args

@@ -111,7 +111,7 @@ def score_over_grpc(model: Path) -> float:
             time.sleep(0.1)
         address = f"127.0.0.1:{json.loads(serving[0])['port']}"
         # Strings were hashed to 64-bit ids, which do not fit the protocol's int32: --id-type.
-        predict = [*lma, "predict", "--address", address, *DATA, "--rows", "test", "--id-type", "int64", "--auc"]
+        predict = [*lma, "predict", "--address", address, *DATA, "--part", "test", "--id-type", "int64", "--auc"]
         predict += ["--out", str(model.with_suffix(".predictions"))]
         done = subprocess.run(predict, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
     finally:

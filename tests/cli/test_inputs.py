@@ -196,7 +196,6 @@ def test_every_command_checks_before_it_works(
         "--dim",
         "--num-embeddings",
         "--memory-bytes",
-        "--widths",
         "--dense-layers",
         "--patience",
     ],
@@ -228,7 +227,7 @@ def test_columns_of_any_name_have_tables(tmp_path: Path) -> None:
 
     from torchrec_lma import LMAConfig, LMAEmbeddingBagCollection
 
-    args = argparse.Namespace(dim=8, pooling="SUM", data_type=None, table="full")
+    args = argparse.Namespace(dim=8, data_type=None, table="full")
     tables = make_tables(args, dict.fromkeys(NAMES, 10))
     assert len({table.name for table in tables}) == len(NAMES)
     given = KeyedJaggedTensor(NAMES, torch.arange(len(NAMES)) % 3, lengths=torch.ones(len(NAMES), dtype=torch.int32))
@@ -299,7 +298,7 @@ def predict(
 ) -> int:
     frame = pd.DataFrame({"click": labels, "user": range(len(labels)), "item": [str(i) for i in range(len(labels))]})
     frame.to_parquet(data)
-    monkeypatch.setattr("torchrec_lma.serving.client.PredictionClient", lambda *_: server)
+    monkeypatch.setattr("torchrec_lma.serving.client.PredictionClient", lambda *_, **__: server)
     command = ["predict", "--data", data, "--label", "click", "--categorical", "user", "item", "--batch-size", "4"]
     return torchrec_lma([*map(str, command), *map(str, options)])
 

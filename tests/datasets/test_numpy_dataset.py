@@ -72,7 +72,6 @@ def test_the_command_reads_numpy_columns(columns: dict[str, np.ndarray], tmp_pat
 @pytest.mark.parametrize(
     "options, said",
     [
-        (["--widths", "4", "8"], "widths (4, 8) add up to 12"),
         (["--memory-bytes", "4"], "bytes, in which not one row of 8 columns"),
         (["--out", "."], "--out . is a directory"),
     ],

@@ -25,6 +25,7 @@ from train import parse_args
 from support.paths import DLRM
 from torchrec_lma import Allocation, LMAEmbeddingBagCollection
 from torchrec_lma.cli import main as torchrec_lma
+from torchrec_lma.cli.export import load_factory
 from torchrec_lma.datasets import RowDataset
 from torchrec_lma.options import (
     count_embeddings,
@@ -35,7 +36,6 @@ from torchrec_lma.options import (
     open_dataset,
 )
 from torchrec_lma.quant import export, request
-from torchrec_lma.quant.export import load_factory
 
 SERVING = f"{DLRM / 'serving.py'}:dlrm"
 ROWS = 600

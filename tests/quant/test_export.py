@@ -40,8 +40,9 @@ from support.servable_models import (
 )
 from torchrec_lma import get_default_sharders
 from torchrec_lma.cli import main as torchrec_lma
+from torchrec_lma.cli.export import load_factory
 from torchrec_lma.quant import export, load_checkpoint
-from torchrec_lma.quant.export import CheckFailed, load_factory
+from torchrec_lma.quant.export import CheckFailed
 
 FACTORIES = Path(servable_models.__file__)
 

@@ -91,7 +91,7 @@ def test_an_answer_for_other_rows_is_no_answer(served: Running, monkeypatch: pyt
 
 
 def test_a_client_certificate_without_a_ca_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="--tls-ca"):
+    with pytest.raises(ValueError, match="needs root_certificate"):
         PredictionClient("127.0.0.1:1", certificate=tmp_path / "cert.pem", key=tmp_path / "key.pem")
     with pytest.raises(ValueError, match="go together"):
         PredictionClient("127.0.0.1:1", root_certificate=tmp_path / "ca.pem", key=tmp_path / "key.pem")

@@ -7,7 +7,6 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -28,36 +27,27 @@ from torchrec_lma.options import (
     make_tables,
     make_vocabulary,
     open_dataset,
-    positive,
-    positive_number,
     save_allocation,
     vocabulary_path,
 )
+
+READ_ROWS = 8192  # at a time
 
 
 def add_allocate(commands: Any) -> None:
     parser = commands.add_parser(
         "allocate",
-        help="build an allocation from training data",
+        help="Build an allocation from training data.",
         description="Reads the training split and writes the allocation of its ids: a safetensors file. Under torchrun "
         "every worker reads its share of the rows and the first one writes; the result does not depend on how many "
         "there are.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--out",
         type=Path,
         required=True,
         metavar="FILE",
-        help="where to write the allocation; its vocabulary goes beside it, with the ending .vocabulary.safetensors",
-    )
-    parser.add_argument("--batch-size", type=positive, default=8192, help="rows read at a time (default: %(default)s)")
-    parser.add_argument(
-        "--timeout",
-        type=positive_number,
-        default=1800,
-        metavar="SECONDS",
-        help="how long workers wait for each other (default: %(default)s)",
+        help="Where to write the allocation. Its vocabulary goes beside it, with the ending .vocabulary.safetensors.",
     )
     add_data_options(parser, needs_label=False)
     add_table_options(parser)
@@ -70,7 +60,7 @@ def run_allocate(args: argparse.Namespace) -> None:
         _allocate(args, rank=0, world_size=1)
         return
     with noticing_lost_workers():
-        dist.init_process_group("gloo", timeout=timedelta(seconds=args.timeout))
+        dist.init_process_group("gloo")
     try:
         _allocate(args, dist.get_rank(), dist.get_world_size())
     finally:
@@ -84,8 +74,8 @@ def _allocate(args: argparse.Namespace, rank: int, world_size: int) -> None:
     dataset = open_dataset(args, needs_label=False)
     vocabulary, num_embeddings = _vocabulary(args, dataset, rank, world_size)
     builder = make_builder(args, make_tables(args, num_embeddings))
-    batches = dataset.batches("train", batch_size=args.batch_size, rank=rank, world_size=world_size)
-    n_batches = dataset.num_batches("train", args.batch_size, world_size)
+    batches = dataset.batches("train", batch_size=READ_ROWS, rank=rank, world_size=world_size)
+    n_batches = dataset.num_batches("train", READ_ROWS, world_size)
     for batch in tqdm(batches, total=n_batches, unit="batch", disable=None if rank == 0 else True):
         builder.update(batch.sparse_features if vocabulary is None else vocabulary(batch.sparse_features))
     if world_size > 1:
@@ -132,8 +122,8 @@ def _vocabulary(
     return vocabulary, vocabulary.num_embeddings
 
 
-def _union(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {column: np.union1d(ids, other[column]) for column, ids in one.items()}
+def _union(ids: dict[str, np.ndarray], more: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {column: np.union1d(of_column, more[column]) for column, of_column in ids.items()}
 
 
 def _print(allocation: Allocation, path: Path) -> None:

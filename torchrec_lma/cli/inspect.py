@@ -20,22 +20,23 @@ from torchrec_lma.options import add_data_options, check_id_types, load_vocabula
 def add_inspect(commands: Any) -> None:
     parser = commands.add_parser(
         "inspect",
-        help="look into an allocation",
+        help="Look into an allocation.",
         description="Prints what an allocation does: how many ids own how many columns, and what takes how many bytes. "
         "With --data also their share of the occurrences, how crowded shared rows are, and whether similar ids share.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("allocation", type=Path, metavar="ALLOCATION", help="a file from `torchrec-lma allocate`")
+    parser.add_argument("allocation", type=Path, metavar="ALLOCATION", help="A file from `torchrec-lma allocate`.")
     parser.add_argument(
         "--id",
         action="append",
         default=[],
         metavar="TABLE=VALUE",
-        help="list the rows of this id and the ids that share one; a value as in the data; may be given several times; "
-        "needs --data",
+        help="List the rows of this id, and the ids with which it shares one. VALUE is as in the data, which --data "
+        "gives. May be given several times.",
     )
-    parser.add_argument("--top", type=positive, default=10, metavar="N", help="how many of them (default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    parser.add_argument(
+        "--top", type=positive, default=10, metavar="N", help="How many to list (default: %(default)s)."
+    )
+    parser.add_argument("--json", action="store_true", help="Print JSON instead of text.")
     add_data_options(parser, default=None, needs_label=False)
     parser.set_defaults(run=run_inspect)
 

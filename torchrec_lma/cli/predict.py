@@ -13,7 +13,7 @@ import torch
 from torchrec_lma.cli.outputs import check_writable
 from torchrec_lma.datasets import RowDataset
 from torchrec_lma.files import replacing
-from torchrec_lma.options import add_data_options, open_dataset, positive, positive_number
+from torchrec_lma.options import add_data_options, open_dataset, positive
 
 if TYPE_CHECKING:  # an extra
     from torchrec_lma.serving.client import PredictionClient
@@ -22,35 +22,36 @@ if TYPE_CHECKING:  # an extra
 def add_predict(commands: argparse._SubParsersAction) -> None:
     predict = commands.add_parser(
         "predict",
-        help="score the rows of a file with a server",
-        description="Sends rows to a prediction server and prints their probabilities, one a line.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        help="Score rows with a server.",
+        description="Sends rows to a prediction server and prints their probabilities, each on a line.",
     )
-    predict.add_argument("--address", default="127.0.0.1:50051", metavar="HOST:PORT", help="default: %(default)s")
     predict.add_argument(
-        "--rows",
+        "--address",
+        default="127.0.0.1:50051",
+        metavar="HOST:PORT",
+        help="Address of the server (default: %(default)s).",
+    )
+    predict.add_argument(
+        "--part",
         choices=("all", "train", "validation", "test"),
         default="all",
-        help="which rows (default: %(default)s)",
+        help="The part of the data to score, as --split divides it (default: %(default)s).",
     )
-    predict.add_argument("--limit", type=positive, metavar="N", help="only the first N of them")
-    predict.add_argument("--batch-size", type=positive, default=512, help="rows of a request (default: %(default)s)")
-    predict.add_argument("--out", type=Path, metavar="FILE", help="write the probabilities there instead of printing")
-    predict.add_argument("--auc", action="store_true", help="compare with the labels; printed on stderr")
+    predict.add_argument("--limit", type=positive, metavar="N", help="Score the first N rows of it only.")
+    predict.add_argument("--batch-size", type=positive, default=512, help="Rows in a request (default: %(default)s).")
+    predict.add_argument("--out", type=Path, metavar="FILE", help="Write the probabilities there instead.")
+    predict.add_argument("--auc", action="store_true", help="Compare with the labels, and print the AUC on stderr.")
     predict.add_argument(
         "--id-type",
         choices=("int32", "int64"),
         default="int32",
-        help="int32 is the protocol's; int64 for ids that do not fit, such as hashes of strings; torchrec-lma's server "
-        "takes both (default: %(default)s)",
+        help="Type of ids in requests. TorchRec's protocol has int32; int64 is for ids that do not fit, such as hashes "
+        "of strings. torchrec-lma's server takes both (default: %(default)s).",
     )
-    predict.add_argument("--any-features", action="store_true", help="do not compare feature names with the model's")
-    predict.add_argument(
-        "--timeout-seconds", type=positive_number, default=10.0, metavar="S", help="default: %(default)s"
-    )
-    predict.add_argument("--tls-ca", type=Path, metavar="PEM", help="what signed the server's certificate; means TLS")
-    predict.add_argument("--tls-cert", type=Path, metavar="PEM", help="this client's certificate")
-    predict.add_argument("--tls-key", type=Path, metavar="PEM", help="key of --tls-cert")
+    tls = predict.add_argument_group("TLS")
+    tls.add_argument("--tls-ca", type=Path, metavar="PEM", help="What signed the server's certificate; turns TLS on.")
+    tls.add_argument("--tls-cert", type=Path, metavar="PEM", help="The certificate of this client.")
+    tls.add_argument("--tls-key", type=Path, metavar="PEM", help="The key of --tls-cert.")
     add_data_options(predict)
     predict.set_defaults(run=run_predict)
 
@@ -66,7 +67,9 @@ def run_predict(args: argparse.Namespace) -> None:
     auc, rows, positives = BinaryAUROC(), 0, 0
     with contextlib.ExitStack() as stack:
         client = stack.enter_context(
-            PredictionClient(args.address, args.id_type, args.timeout_seconds, args.tls_ca, args.tls_cert, args.tls_key)
+            PredictionClient(
+                args.address, args.id_type, root_certificate=args.tls_ca, certificate=args.tls_cert, key=args.tls_key
+            )
         )
         out = sys.stdout
         if args.out is not None:
@@ -90,10 +93,10 @@ def _predictions(
     """Probabilities and labels of the asked rows, batch by batch. Raises ValueError saying which rows went wrong."""
     import grpc
 
-    names = None if args.any_features else dataset.schema.numeric
-    strings = [column for column, kind in dataset.id_types.items() if kind == "strings"]
+    names = dataset.schema.numeric
+    strings = [column for column, id_type in dataset.id_types.items() if id_type == "strings"]
     first = 0
-    for batch in dataset.batches(args.rows, batch_size=args.batch_size):
+    for batch in dataset.batches(args.part, batch_size=args.batch_size):
         features = (batch.dense_features, batch.sparse_features)
         try:
             probabilities = client.predict(*features, float_names=names, string_features=strings)

@@ -9,29 +9,65 @@ from pathlib import Path
 def add_serve(commands: argparse._SubParsersAction) -> None:
     serve = commands.add_parser(
         "serve",
-        help="serve a model over gRPC",
+        help="Serve a model over gRPC.",
         description="Serves a TorchScript model with TorchRec's inference contract, such as torchrec-lma export "
         "writes, by TorchRec's gRPC protocol. SIGTERM drains and ends, SIGHUP loads the file again.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    serve.add_argument("model", type=Path, help="TorchScript file; replace it (by a rename) to exchange the model")
-    serve.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all")
-    serve.add_argument("--port", type=int, default=50051, help="0 takes a free one and logs it")
-    serve.add_argument("--metrics-port", type=int, metavar="PORT", help="of Prometheus metrics over HTTP")
-    serve.add_argument("--max-batch", type=int, default=1024, metavar="ROWS", help="rows computed together at most")
-    serve.add_argument("--max-delay-ms", type=float, default=2.0, metavar="MS", help="that a row waits for others")
-    serve.add_argument("--queue-mib", type=int, default=1024, metavar="MIB", help="of requests that may wait together")
-    serve.add_argument("--replicas", type=int, default=1, help="batches computed at once; they share the weights")
-    serve.add_argument("--threads", type=int, default=1, help="CPU threads that compute one batch")
-    serve.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
-    serve.add_argument("--max-message-mib", type=int, default=16, metavar="MIB", help="larger requests are refused")
+    serve.add_argument("model", type=Path, help="TorchScript file. Replace it (by a rename) to exchange the model.")
+    serve.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s).")
     serve.add_argument(
-        "--drain-seconds", type=float, default=30.0, metavar="S", help="for requests in flight at the end"
+        "--log-level",
+        default="info",
+        choices=("debug", "info", "warning", "error"),
+        help="What is logged on stderr, as JSON lines (default: %(default)s).",
     )
-    serve.add_argument("--tls-cert", type=Path, metavar="PEM", help="certificate; with it the server speaks TLS only")
-    serve.add_argument("--tls-key", type=Path, metavar="PEM", help="key of --tls-cert")
-    serve.add_argument("--client-ca", type=Path, metavar="PEM", help="clients must show a certificate that this signed")
-    serve.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"), help="on stderr")
+    where = serve.add_argument_group("where it listens")
+    where.add_argument("--host", default="127.0.0.1", help="Address; 0.0.0.0 is all of them (default: %(default)s).")
+    where.add_argument(
+        "--port", type=int, default=50051, help="Port; 0 takes a free one and logs it (default: %(default)s)."
+    )
+    where.add_argument("--metrics-port", type=int, metavar="PORT", help="Port for Prometheus metrics over HTTP.")
+    where.add_argument("--tls-cert", type=Path, metavar="PEM", help="Certificate; with it the server speaks TLS only.")
+    where.add_argument("--tls-key", type=Path, metavar="PEM", help="The key of --tls-cert.")
+    where.add_argument(
+        "--client-ca", type=Path, metavar="PEM", help="Clients must show a certificate that this authority signed."
+    )
+    load = serve.add_argument_group("load (docs/server.md)")
+    load.add_argument(
+        "--max-batch",
+        type=int,
+        default=1024,
+        metavar="ROWS",
+        help="Rows that are computed together at most (default: %(default)s).",
+    )
+    load.add_argument(
+        "--max-delay-ms",
+        type=float,
+        default=2.0,
+        metavar="MS",
+        help="How long a row waits for others at most (default: %(default)s).",
+    )
+    load.add_argument(
+        "--replicas",
+        type=int,
+        default=1,
+        help="How many batches are computed at a time, with the same weights (default: %(default)s).",
+    )
+    load.add_argument("--threads", type=int, default=1, help="CPU threads that compute a batch (default: %(default)s).")
+    load.add_argument(
+        "--max-message-mib",
+        type=int,
+        default=16,
+        metavar="MIB",
+        help="Size of a request; larger ones are refused (default: %(default)s).",
+    )
+    load.add_argument(
+        "--drain-seconds",
+        type=float,
+        default=30.0,
+        metavar="S",
+        help="How long requests in flight have at the end (default: %(default)s).",
+    )
     serve.set_defaults(run=run_serve)
 
 
@@ -60,7 +96,6 @@ def run_serve(args: argparse.Namespace) -> None:
             max_rows=args.max_batch,
             max_delay_seconds=args.max_delay_ms / 1000,
             replicas=args.replicas,
-            max_queue_bytes=args.queue_mib << 20,
         ),
         max_message_bytes=args.max_message_mib << 20,
         device=args.device,

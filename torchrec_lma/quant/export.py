@@ -1,15 +1,12 @@
 """From a float model to a file that TorchRec's inference server loads, checked before it has its name."""
 
-import importlib
-import importlib.util
 import io
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +14,6 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torchrec.inference.modules import PredictModule
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchrec_lma.allocation import Allocation
 from torchrec_lma.checkpoint import CheckpointReader, load
 from torchrec_lma.collection import LMACollection
 from torchrec_lma.files import replacing
@@ -48,7 +44,7 @@ class CheckFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class ServableModel:
-    """What a `--model` factory returns: a trained float model on the CPU, and what its requests look like.
+    """What a factory for `torchrec-lma export` returns: a trained float model on the CPU, and how its requests look.
 
     Attributes:
         model: called with float_features, float32 [B, len(float_features)]; then with the KeyedJaggedTensor of
@@ -84,10 +80,6 @@ class Exported:
     rows: int
     difference: float
     tolerance: float
-
-
-# A checkpoint and, where it does not hold its own, the allocation.
-Factory = Callable[[Path, Allocation | None], ServableModel]
 
 
 def request(
@@ -139,35 +131,6 @@ class ContractModule(PredictModule):
             )
         logits = self.predict_module(batch["float_features"], *features)
         return {"default": logits.reshape(-1).sigmoid().to("cpu").float()}
-
-
-def load_factory(name: str) -> Factory:
-    """The factory that `--model module:function` or `--model file.py:function` names.
-
-    Raises ValueError where there is no such thing, saying which part is missing.
-    """
-    where, colon, function = name.rpartition(":")
-    if not (where and colon and function):
-        raise ValueError(f"--model {name!r} must be module:function or file.py:function")
-    if where.endswith(".py"):
-        path = Path(where).resolve()
-        # A name of its own: a file called like a package must not take that one's place.
-        spec = importlib.util.spec_from_file_location(f"lma_factory_{path.stem}", path)
-        if not path.is_file() or spec is None or spec.loader is None:
-            raise ValueError(f"--model {name!r}: there is no file {path}")
-        sys.path.insert(0, str(path.parent))  # as if the file were run: it may import its neighbours
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[module.__name__] = module  # dataclasses, for one, look their module up
-        spec.loader.exec_module(module)
-    else:
-        try:
-            module = importlib.import_module(where)
-        except ModuleNotFoundError as error:
-            raise ValueError(f"--model {name!r} cannot be imported: {error}") from error
-    factory = getattr(module, function, None)
-    if not callable(factory):
-        raise ValueError(f"--model {name!r}: {where} has no function {function!r}")
-    return cast(Factory, factory)
 
 
 def load_checkpoint(model: nn.Module, checkpoint: Path, prefix: str = "") -> None:

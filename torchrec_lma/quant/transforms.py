@@ -18,7 +18,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec_lma.allocation import Allocation
 from torchrec_lma.collection import LMACollection, configs_of, tables_of
 
-# What `--dtype` may say, the most exact first (docs/serving.md has the measured errors).
+# What tables can be stored in, the most exact first (docs/serving.md has the measured errors).
 DTYPES: dict[str, torch.dtype] = {
     "fp32": torch.float32,
     "fp16": torch.float16,

@@ -68,7 +68,7 @@ def _sparse(features: KeyedJaggedTensor, id_type: str) -> SparseFeatures:
         raise ValueError(
             f"id {values[at]} of {features.keys()[feature]!r}, row {row}, does not fit the protocol's {id_type} "
             f"({outside.size} ids of {values.size} do not): number the ids within 31 bits before training, or, if the "
-            "server is torchrec-lma's, send int64 (id_type='int64', --id-type int64)"
+            "server is torchrec-lma's, send int64 (id_type='int64')"
         )
     return SparseFeatures(
         num_features=len(features.keys()),
@@ -110,11 +110,9 @@ class PredictionClient:
         key: Path | None = None,
     ) -> None:
         if (certificate is None) != (key is None):
-            raise ValueError("certificate and key go together: give both (--tls-cert, --tls-key) or neither")
+            raise ValueError("certificate and key go together: give both or neither")
         if certificate is not None and root_certificate is None:
-            raise ValueError(
-                "a client certificate needs root_certificate (--tls-ca): without it nothing would be encrypted"
-            )
+            raise ValueError("a client certificate needs root_certificate: without it nothing would be encrypted")
         self._id_type = id_type
         self._timeout_seconds = timeout_seconds
         options = [("grpc.max_receive_message_length", -1)]
