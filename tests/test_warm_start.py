@@ -83,9 +83,9 @@ def test_the_kinds_have_what_they_are_about() -> None:
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
 @pytest.mark.parametrize("weighted", [False, True], ids=["alike", "weighted"])
-@pytest.mark.parametrize("block_values", [1 << 21, 56], ids=["one block", "small blocks"])
-def test_compression_is_the_weighted_least_squares_solution(kind, weighted, block_values, monkeypatch) -> None:
-    monkeypatch.setattr(conversion, "_BLOCK_VALUES", block_values)
+@pytest.mark.parametrize("chunk_values", [1 << 21, 56], ids=["one chunk", "small chunks"])
+def test_compression_is_the_weighted_least_squares_solution(kind, weighted, chunk_values, monkeypatch) -> None:
+    monkeypatch.setattr(conversion, "_CHUNK_VALUES", chunk_values)
     ebc = full_tables()
     random = torch.Generator().manual_seed(0)
     weights = {name: torch.randint(1, 9, (n,), generator=random) for name, n in SIZES.items()}

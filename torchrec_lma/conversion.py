@@ -18,7 +18,7 @@ from torchrec_lma.modules import LMAEmbeddingBagCollection
 from torchrec_lma.sequences import LMAEmbeddingCollection
 from torchrec_lma.text_table import text_table
 
-_BLOCK_VALUES = 1 << 21  # of one block of vectors: 16 MiB as float64
+_CHUNK_VALUES = 1 << 21  # of one chunk of vectors: 16 MiB as float64
 
 
 def from_embedding_bag_collection(
@@ -72,7 +72,7 @@ def _compress(full: nn.Module, lma: LMA, id_weights: Mapping[str, Tensor], ids: 
     """`lma` with the weights whose embeddings are closest to those of the full tables."""
     ids = _ids_of_rows(lma.tables, ids, id_weights, lma.device)
     weights = tables_of(full)
-    _fit(lma, ids, lambda table, block: weights[table].weight[block], id_weights)
+    _fit(lma, ids, lambda table, chunk: weights[table].weight[chunk], id_weights)
     return lma
 
 
@@ -86,8 +86,8 @@ def _decompress(lma: LMACollection, full: Full, ids: Mapping[str, Tensor] | None
         held, dtype = stored[table.name], data_type_to_dtype(table.data_type)
         if held.weight.dtype != dtype:  # the collection itself knows FP32 and FP16 only
             held.weight = nn.Parameter(held.weight.to(dtype))
-        for block in _blocks(table.num_embeddings, table.embedding_dim):
-            held.weight[block] = lma.materialize(table.name, ids[table.name][block].to(device)).to(dtype)
+        for chunk in _chunks(table.num_embeddings, table.embedding_dim):
+            held.weight[chunk] = lma.materialize(table.name, ids[table.name][chunk].to(device)).to(dtype)
     return full
 
 
@@ -206,7 +206,7 @@ def reallocate(
     for name, table in new.stored_tables().items():
         if name in old and table.weight.shape == old[name].weight.shape:
             table.weight.copy_(old[name].weight)
-    _fit(new, ids, lambda table, block: module.materialize(table, ids[table][block].to(device)), id_weights)
+    _fit(new, ids, lambda table, chunk: module.materialize(table, ids[table][chunk].to(device)), id_weights)
     return Reallocation(new, _changes(module, new, ids, id_weights))
 
 
@@ -223,14 +223,14 @@ def _changes(
     for table in new.tables:
         # Weight of all values, weighted squares of the values before, weighted squares of their change.
         sums = torch.zeros_like(total)
-        for block in _blocks(ids[table.name].numel(), table.embedding_dim):
-            block_ids = ids[table.name][block].to(device)
-            weights = torch.ones(block_ids.numel())
+        for chunk in _chunks(ids[table.name].numel(), table.embedding_dim):
+            chunk_ids = ids[table.name][chunk].to(device)
+            weights = torch.ones(chunk_ids.numel())
             if table.name in id_weights:
-                weights = id_weights[table.name][block]
+                weights = id_weights[table.name][chunk]
             weights = weights.to(device, torch.float64)
-            before = old.materialize(table.name, block_ids).to(torch.float64)
-            change = new.materialize(table.name, block_ids).to(torch.float64) - before
+            before = old.materialize(table.name, chunk_ids).to(torch.float64)
+            change = new.materialize(table.name, chunk_ids).to(torch.float64) - before
             sums[0] += weights.sum() * table.embedding_dim
             sums[1] += weights @ before.square().sum(1)
             sums[2] += weights @ change.square().sum(1)
@@ -250,7 +250,7 @@ def _fit(
     vectors: Callable[[str, slice], Tensor],
     id_weights: Mapping[str, Tensor],
 ) -> None:
-    """Writes all weights of a collection, reading the vectors block by block.
+    """Writes all weights of a collection, reading the vectors chunk by chunk.
 
     Args:
         ids: for each logical table, integer [N].
@@ -266,10 +266,10 @@ def _fit(
         widths, weights = zip(*lma.level_weights(tables[0]))
         solvers = [None if w is None else LeastSquares(w, own) for w, own in zip(weights, own_rows, strict=True)]
         for table in tables:
-            for block in _blocks(ids[table].numel(), sum(widths)):
-                each = id_weights[table][block].to(device) if table in id_weights else None
-                columns = vectors(table, block).to(device).split(widths, dim=1)
-                for solver, rows, part in zip(solvers, lma.rows(table, ids[table][block].to(device)).values(), columns):
+            for chunk in _chunks(ids[table].numel(), sum(widths)):
+                each = id_weights[table][chunk].to(device) if table in id_weights else None
+                columns = vectors(table, chunk).to(device).split(widths, dim=1)
+                for solver, rows, part in zip(solvers, lma.rows(table, ids[table][chunk].to(device)).values(), columns):
                     if solver is not None:
                         solver.add(rows, part, each)
         for solver in solvers:
@@ -277,9 +277,9 @@ def _fit(
                 solver.write()
 
 
-def _blocks(n: int, dim: int) -> Iterator[slice]:
+def _chunks(n: int, dim: int) -> Iterator[slice]:
     """Slices of n vectors of a dim, each of bounded size."""
-    step = max(1, _BLOCK_VALUES // dim)
+    step = max(1, _CHUNK_VALUES // dim)
     for start in range(0, n, step):
         yield slice(start, min(n, start + step))
 

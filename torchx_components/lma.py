@@ -56,7 +56,7 @@ def train(
         name: experiment/run
         cpu: CPU cores per node
         gpu: GPUs per node
-        memMB: memory per node, in MB
+        memMB: RAM per node, in MB
         h: named resource of a node, instead of cpu, gpu and memMB
         env: environment variables, for example OMP_NUM_THREADS=4,NCCL_DEBUG=INFO
         max_restarts: how often torchrun restarts the processes of a job, after one has died
@@ -99,7 +99,7 @@ def allocate(
     mounts: Optional[List[str]] = None,
     rdzv_port: int = 29500,
 ) -> specs.AppDef:
-    """Builds the allocation of LMA memory from data with torchrun: torchrec-lma allocate.
+    """Builds the allocation of LMA tables from data with torchrun: torchrec-lma allocate.
 
     Args:
         args: arguments of torchrec-lma allocate, after --
@@ -107,7 +107,7 @@ def allocate(
         image: image of a Docker or Kubernetes job; must contain torchrec_lma with its dependencies
         name: experiment/run
         cpu: CPU cores per node
-        memMB: memory per node, in MB
+        memMB: RAM per node, in MB
         h: named resource of a node, instead of cpu and memMB
         env: environment variables, for example OMP_NUM_THREADS=4
         max_retries: how often the scheduler restarts a failed job
@@ -149,7 +149,7 @@ def export(
         image: image of a Docker or Kubernetes job; must contain torchrec_lma with its dependencies
         name: name of the job
         cpu: CPU cores
-        memMB: memory, in MB; the model is there once in float and once quantized
+        memMB: RAM, in MB; the model is there once in float and once quantized
         h: named resource, instead of cpu and memMB
         env: environment variables, for example OMP_NUM_THREADS=4
         max_retries: how often the scheduler restarts a failed job
@@ -180,7 +180,7 @@ def serve(
         image: image of a Docker or Kubernetes job; must contain torchrec_lma with its serve extra
         name: name of the job
         cpu: CPU cores of a server
-        memMB: memory of a server, in MB; a new model is loaded beside the old one
+        memMB: RAM of a server, in MB; a new model is loaded beside the old one
         h: named resource, instead of cpu and memMB
         env: environment variables, for example OMP_NUM_THREADS=1
         max_retries: how often the scheduler restarts a failed server

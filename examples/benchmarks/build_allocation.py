@@ -1,4 +1,4 @@
-"""Time and memory of building an allocation from a stream of synthetic ids on one core.
+"""Time and RAM of building an allocation from a stream of synthetic ids on one core.
 
     python examples/benchmarks/build_allocation.py --occurrences 100000000 --json build.json
 
@@ -110,7 +110,7 @@ def main() -> None:
         "frequency": allocation.provenance["frequency"],
         "rows_seen": allocation.provenance["rows_seen"],
         "rows_sampled": allocation.provenance["rows_sampled"],
-        **{what: sum(one[what] for one in ids) for what in ("seen", "with_signature")},
+        **{what: sum(of_table[what] for of_table in ids) for what in ("seen", "with_signature")},
         "levels": [asdict(level) for level in memory.levels],
         "allocation_bytes": allocation.nbytes,
         "config": asdict(allocation.config),
@@ -121,7 +121,7 @@ def main() -> None:
         f"update {update_seconds:.1f} s ({update_cpu_seconds:.1f} s of CPU), build {build_seconds:.1f} s "
         f"({build_cpu_seconds:.1f} s of CPU): {record['occurrences_per_second']:,.0f} occurrences/s, "
         f"{record['occurrences_per_cpu_second']:,.0f} a second of CPU\n"
-        f"peak memory {record['peak_bytes'] / 2**30:.2f} GiB ({before_bytes / 2**30:.2f} before the first row)\n"
+        f"peak RAM {record['peak_bytes'] / 2**30:.2f} GiB ({before_bytes / 2**30:.2f} before the first row)\n"
         f"own rows of columns: {', '.join(f'{level.own_rows:,} of {level.width}' for level in memory.levels)}; "
         f"{memory.levels[0].shared_rows:,} shared; {record['with_signature']:,} ids with a signature; allocation "
         f"{allocation.nbytes / 2**20:.1f} MiB"

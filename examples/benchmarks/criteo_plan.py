@@ -79,11 +79,11 @@ class Plan(Stats):
     def log(self, *args: Any, best_plan: list[ShardingOption], **kwargs: Any) -> None:
         self.options = best_plan
 
-    def bytes_by_rank(self, kind: str, ranks: int) -> list[int]:
+    def bytes_by_rank(self, where: str, ranks: int) -> list[int]:
         result = [0] * ranks
         for option in self.options:
             for shard in option.shards:
-                result[shard.rank] += getattr(shard.storage, kind)
+                result[shard.rank] += getattr(shard.storage, where)
         return result
 
     def ms_by_rank(self, ranks: int) -> list[float]:
@@ -128,13 +128,13 @@ def scaled(memory: MemoryAllocation, sizes: dict[str, int]) -> MemoryAllocation:
     return replace(memory, levels=tuple(levels), tensors=tensors)
 
 
-def make_model(args: argparse.Namespace, kind: str) -> DLRM:
+def make_model(args: argparse.Namespace, table: str) -> DLRM:
     tables = [
         EmbeddingBagConfig(name=f"t_{i}", num_embeddings=size, embedding_dim=args.dim, feature_names=[f"cat_{i}"])
         for i, size in enumerate(SIZES[args.sizes])
     ]
     ebc: EmbeddingBagCollection | LMAEmbeddingBagCollection
-    if kind == "lma":
+    if table == "lma":
         ebc = LMAEmbeddingBagCollection(tables, sketched(tables, LMAConfig(args.compression)), device=META)
     else:
         ebc = EmbeddingBagCollection(tables=tables, device=META)
@@ -148,14 +148,14 @@ def make_model(args: argparse.Namespace, kind: str) -> DLRM:
     )
 
 
-def plan(args: argparse.Namespace, kind: str) -> dict[str, Any]:
-    model = make_model(args, kind)
+def plan(args: argparse.Namespace, table: str) -> dict[str, Any]:
+    model = make_model(args, table)
     collection = model.sparse_arch.embedding_bag_collection
     kernels = None if args.uvm else ["fused", "dense"]
     given = {table.name: ParameterConstraints(compute_kernels=kernels) for table in collection.embedding_bag_configs()}
     found = Plan()
     local_devices = min(args.devices, args.local_devices)
-    held_bytes = collection.allocation.nbytes if kind == "lma" else 0  # on every device
+    held_bytes = collection.allocation.nbytes if table == "lma" else 0  # on every device
     topology = Topology(
         world_size=args.devices,
         local_world_size=local_devices,
@@ -176,7 +176,7 @@ def plan(args: argparse.Namespace, kind: str) -> dict[str, Any]:
         stats=[found, EmbeddingStats()],
     )
     result: dict[str, Any] = {
-        "tables": kind,
+        "tables": table,
         "weight_bytes": sum(p.nbytes for p in collection.parameters()),
         "allocation_bytes": held_bytes,
         "rows": {name.split(".")[-2]: list(p.shape) for name, p in collection.named_parameters()},
@@ -218,7 +218,7 @@ def main() -> None:
         logging.basicConfig(format="%(message)s")
         logging.getLogger("torchrec.distributed.planner.stats").setLevel(logging.INFO)
 
-    results = [plan(args, kind) for kind in ("full", "lma")]
+    results = [plan(args, table) for table in ("full", "lma")]
     sizes = SIZES[args.sizes]
     print(
         f"{sum(sizes):,} rows of dim {args.dim} in {len(sizes)} tables, {args.optimizer}, {args.devices} devices of "

@@ -10,7 +10,7 @@ server for its cores.
 
 --soak serves one file and replaces it by the next of the models every few seconds, with bad requests and clients that
 leave mixed in. Every answer must be that of one of the models. The exit status is 1 if one is not, if a request fails,
-if new models are not taken over, or if the server's memory grows.
+if new models are not taken over, or if the server's RAM grows.
 """
 
 import argparse
@@ -193,20 +193,20 @@ class Sender:
     async def _bad(self) -> None:
         """What must be refused, or a client that leaves."""
         request = PredictionRequest.FromString(self.random.choice(self.load.requests))
-        kind = self.random.choice(("garbage", "size", "negative", "nan", "leaves"))
-        if kind == "leaves":
+        fault = self.random.choice(("garbage", "size", "negative", "nan", "leaves"))
+        if fault == "leaves":
             call = self._call(request.SerializeToString(), metadata=[(ID_TYPE_KEY, "int64")])
             await asyncio.sleep(self.random.random() * 0.005)
             call.cancel()
             self.outcome.counts["left"] += 1
             return
-        if kind == "size":
+        if fault == "size":
             request.batch_size += self.random.choice((-1, 1, 2**31 - 1 - request.batch_size))
-        elif kind == "negative":
+        elif fault == "negative":
             request.id_list_features.lengths = b"\xff" * len(request.id_list_features.lengths)
-        elif kind == "nan":
+        elif fault == "nan":
             request.float_features.values = b"\xff" * len(request.float_features.values)
-        data = self.random.randbytes(200) if kind == "garbage" else request.SerializeToString()
+        data = self.random.randbytes(200) if fault == "garbage" else request.SerializeToString()
         try:
             await self._call(data, timeout=10, metadata=[(ID_TYPE_KEY, "int64")])
             self.outcome.counts["bad_answered"] += 1

@@ -6,7 +6,7 @@ Trains examples/dlrm/train.py under torchrun on two ranks and sends SIGKILL to a
 seconds, SIGTERM to all at the end. Then the same steps undisturbed, and all tensors of the two last checkpoints are
 compared bit by bit. The disturbed run saves very often and the other one after evaluations, so it is faster.
 
-Memory is read from /proc/PID/smaps_rollup. `anonymous` is what the process has allocated; `RSS` also counts the pages
+RAM is read from /proc/PID/smaps_rollup. `anonymous` is what the process has allocated; `RSS` also counts the pages
 of libraries and data files that happen to be mapped in, which grow as code is first used. Drift within a lifetime is
 the median of the last third of the samples after the warm-up against that of the first third; drift across lifetimes
 is the furthest median of a lifetime from that of the first one. Exits with status 1 if a bit differs, if a rank died
@@ -49,7 +49,7 @@ GIVE_BACK = {
     "MALLOC_TRIM_THRESHOLD_": "131072",
     "ARROW_DEFAULT_MEMORY_POOL": "system",
 }
-KINDS = ("anonymous", "rss")
+MEASURES = ("anonymous", "rss")
 
 
 @dataclass
@@ -57,7 +57,7 @@ class Lifetime:
     """One process of one rank.
 
     Attributes:
-        samples: (seconds since it started, {kind: bytes}), oldest first.
+        samples: (seconds since it started, {measure: bytes}), oldest first.
     """
 
     rank: int
@@ -65,12 +65,12 @@ class Lifetime:
     started: float
     samples: list[tuple[float, dict[str, int]]] = field(default_factory=list)
 
-    def after(self, warm_up: float, kind: str) -> list[int]:
-        return [memory[kind] for age, memory in self.samples if age >= warm_up]
+    def after(self, warm_up: float, measure: str) -> list[int]:
+        return [memory[measure] for age, memory in self.samples if age >= warm_up]
 
-    def drift(self, warm_up: float, kind: str) -> float | None:
+    def drift(self, warm_up: float, measure: str) -> float | None:
         """Last third against first third; None where the process was too short-lived to tell."""
-        values = self.after(warm_up, kind)
+        values = self.after(warm_up, measure)
         third = len(values) // 3
         return statistics.median(values[-third:]) / statistics.median(values[:third]) - 1 if third >= 3 else None
 
@@ -187,15 +187,15 @@ def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
 def drifts(run: Run, warm_up: float) -> dict[str, dict[str, float | None]]:
     """The worst of the run's drifts, as a share: within a lifetime, and across the lifetimes of a rank."""
     result: dict[str, dict[str, float | None]] = {}
-    for kind in KINDS:
+    for measure in MEASURES:
         lives = list(run.lifetimes.values())
-        within = [drift for life in lives if (drift := life.drift(warm_up, kind)) is not None]
+        within = [drift for life in lives if (drift := life.drift(warm_up, measure)) is not None]
         across = []
         for rank in sorted({life.rank for life in lives}):
-            own = [life.after(warm_up, kind) for life in lives if life.rank == rank]
+            own = [life.after(warm_up, measure) for life in lives if life.rank == rank]
             medians = [statistics.median(values) for values in own if len(values) >= 9]
             across += [median / medians[0] - 1 for median in medians[1:]]
-        result[kind] = {"within": max(within, key=abs, default=None), "across": max(across, key=abs, default=None)}
+        result[measure] = {"within": max(within, key=abs, default=None), "across": max(across, key=abs, default=None)}
     return result
 
 
@@ -205,8 +205,8 @@ def print_lifetimes(title: str, run: Run, warm_up: float) -> None:
         if not life.samples:
             continue
         line = f"{life.rank:>4}{life.samples[-1][0]:>9.0f}"
-        for kind, width in (("anonymous", 20), ("rss", 14)):
-            values, drift = life.after(warm_up, kind), life.drift(warm_up, kind)
+        for measure, width in (("anonymous", 20), ("rss", 14)):
+            values, drift = life.after(warm_up, measure), life.drift(warm_up, measure)
             line += f"{statistics.median(values) / 2**20:>{width - 4}.1f} MiB" if values else f"{'-':>{width}}"
             line += f"{drift:>+8.2%}" if drift is not None else f"{'-':>8}"
         print(line)
@@ -225,7 +225,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="keeps checkpoints and logs (default: a temporary folder)"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write a record, every memory sample included")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write a record, every sample of RAM included")
     return parser.parse_args()
 
 
@@ -280,10 +280,10 @@ def soak(args: argparse.Namespace, out: Path) -> int:
     )
     same = progress[0]["evaluations"] == progress[1]["evaluations"]
     print(f"losses and AUCs of the {len(progress[0]['evaluations'])} evaluations are {'' if same else 'NOT '}the same")
-    for name, kinds in worst.items():
-        for kind, drift in kinds.items():
+    for name, measures in worst.items():
+        for measure, drift in measures.items():
             parts = [f"{where} lifetimes {value:+.2%}" for where, value in drift.items() if value is not None]
-            print(f"{name} run, {kind} memory, worst drift: {', '.join(parts) or 'too short to tell'}")
+            print(f"{name} run, {measure} bytes, worst drift: {', '.join(parts) or 'too short to tell'}")
     if args.json is not None:
         record = {
             "arguments": {name: str(value) for name, value in vars(args).items()},
@@ -298,7 +298,7 @@ def soak(args: argparse.Namespace, out: Path) -> int:
         }
         with replacing(args.json) as temporary:
             temporary.write_text(json.dumps(record))
-    values = [value for kinds in worst.values() for drift in kinds.values() for value in drift.values()]
+    values = [value for measures in worst.values() for drift in measures.values() for value in drift.values()]
     leaks = any(value is not None and abs(value) > MAX_DRIFT for value in values)
     return 1 if different or not same or unexpected or leaks else 0
 

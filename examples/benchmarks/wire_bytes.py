@@ -247,11 +247,11 @@ def _on_rank(
         for sharding_type in args.sharding:
             if args.qcomm == "int8" and sharding_type in ROW_TYPES:
                 continue  # TorchRec's INT8 codec does not take a reduce-scatter
-            for kind, given in (("full", None), ("LMA", allocation)):
+            for name, given in (("full", None), ("LMA", allocation)):
                 ranks: list[Any] = [None] * world_size
                 dist.all_gather_object(ranks, step(workload, given, sharding_type, local_size, args.qcomm))
                 total = Sent(*(sum(getattr(r, name) for r in ranks) for name in ("input", "output", "backward")))
-                rows.append({"sharding_type": sharding_type, "tables": kind, **asdict(total)})
+                rows.append({"sharding_type": sharding_type, "tables": name, **asdict(total)})
         found.append(rows)
     if rank == 0:
         Path(results).write_text(json.dumps(found))

@@ -7,7 +7,7 @@ of a smaller dim in FP16; and LMA tables of dim 64 in the bytes of the smaller o
 they cost, and leaves the runs' JSON records, `summary.json` and `auc_against_memory.png` in --out. Then it exports the
 first LMA model in INT8, as of its best evaluation, serves it, and scores the test rows over gRPC.
 
-Each kind has the learning rate that reached the best validation AUC; --search repeats that search first.
+Each has the learning rate that reached the best validation AUC; --search repeats that search first.
 """
 
 import argparse
@@ -32,7 +32,7 @@ COMPRESSION, DIM = 16, 64
 SMALLER_DIM = 2 * DIM // COMPRESSION  # in FP16
 DATA = ["--data", "movielens-100k"]
 LMA = ["--dim", str(DIM), "--compression", str(COMPRESSION)]
-KINDS = {
+TABLES = {
     "full": ["--table", "full", "--dim", str(DIM)],
     "smaller dim": ["--table", "full", "--dim", str(SMALLER_DIM), "--data-type", "FP16"],
     "LMA": ["--table", "lma", *LMA],
@@ -63,32 +63,32 @@ def show_evaluations(text: str) -> None:
         print(f"         {evaluation}", flush=True)
 
 
-def train(kind: str, lr: float, seed: int, out: Path) -> dict[str, Any]:
+def train(tables: str, lr: float, seed: int, out: Path) -> dict[str, Any]:
     """The record of a run."""
-    name = run_name(kind, seed)
+    name = run_name(tables, seed)
     checkpoints = out / name
     shutil.rmtree(checkpoints, ignore_errors=True)  # of an earlier demo; the trainer would refuse to mix them
-    arguments = [*DATA, *KINDS[kind], *TRAINING, "--lr", str(lr), "--seed", str(seed)]
+    arguments = [*DATA, *TABLES[tables], *TRAINING, "--lr", str(lr), "--seed", str(seed)]
     arguments += ["--json", str(out / f"{name}.json"), "--checkpoint-dir", str(checkpoints)]
-    if kind == "LMA":
+    if tables == "LMA":
         arguments += ["--allocation", str(out / "allocation.safetensors")]
     torchx("train", ["-j", "1x2", "--max_restarts", "0"], arguments, out / f"{name}.log")
     return json.loads((out / f"{name}.json").read_text())
 
 
-def run_name(kind: str, seed: int) -> str:
-    return f"{kind.lower().replace(' ', '-')}-seed{seed}"
+def run_name(tables: str, seed: int) -> str:
+    return f"{tables.lower().replace(' ', '-')}-seed{seed}"
 
 
 def search(out: Path, say: Callable[[str], None]) -> dict[str, float]:
     """The learning rate of each kind that reaches the best validation AUC with seed 0."""
     found = {}
-    for kind in KINDS:
+    for tables in TABLES:
         aucs = {}
         for lr in SEARCHED:
-            aucs[lr] = train(kind, lr, 0, out)["best"]["validation"]["auc"]
-            say(f"{kind}, learning rate {lr}: validation AUC {aucs[lr]:.4f}")
-        found[kind] = max(aucs, key=lambda lr: aucs[lr])
+            aucs[lr] = train(tables, lr, 0, out)["best"]["validation"]["auc"]
+            say(f"{tables}, learning rate {lr}: validation AUC {aucs[lr]:.4f}")
+        found[tables] = max(aucs, key=lambda lr: aucs[lr])
     return found
 
 
@@ -145,12 +145,12 @@ def summarise(runs: list[dict[str, Any]]) -> dict[str, float]:
 def print_table(summary: dict[str, dict[str, float]]) -> None:
     columns = f"{'weights':>12}{'optimizer':>12}{'allocation':>12}{'step':>10}"
     print(f"\n{'tables':<14}{'test AUC':>10}{'log-loss':>10}{columns}")
-    for kind, row in summary.items():
+    for tables, row in summary.items():
         print(
-            f"{kind:<14}{row['auc']:>10.4f}{row['log_loss']:>10.4f}{row['weight_bytes']:>10,.0f} B"
+            f"{tables:<14}{row['auc']:>10.4f}{row['log_loss']:>10.4f}{row['weight_bytes']:>10,.0f} B"
             f"{row['optimizer_bytes']:>10,.0f} B{row['allocation_bytes']:>10,.0f} B{row['median_step_ms']:>7.1f} ms"
         )
-    full, smaller, lma = (summary[kind] for kind in KINDS)
+    full, smaller, lma = (summary[tables] for tables in TABLES)
     ratio = full["weight_bytes"] / (lma["weight_bytes"] + lma["allocation_bytes"])
     print(
         f"LMA at {ratio:.1f}x: AUC {lma['auc'] - full['auc']:+.4f} against full tables and "
@@ -160,17 +160,17 @@ def print_table(summary: dict[str, dict[str, float]]) -> None:
 
 def plot(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(6, 4))
-    for kind, records in runs.items():
+    for tables, records in runs.items():
         bytes_used = [run["memory"]["weight"] + run["memory"]["allocation"] for run in records]
         aucs = [run["best"]["test"]["auc"] for run in records]
-        points = axes.plot(bytes_used, aucs, "o", alpha=0.5, label=f"{kind}, one seed")
+        points = axes.plot(bytes_used, aucs, "o", alpha=0.5, label=f"{tables}, one seed")
         axes.plot(
             bytes_used[:1],
             [statistics.mean(aucs)],
             "_",
             markersize=24,
             color=points[0].get_color(),
-            label=f"{kind}, mean",
+            label=f"{tables}, mean",
         )
     axes.set_xscale("log")
     axes.set_xlabel("bytes of weights and allocation")
@@ -195,7 +195,7 @@ def main() -> None:
     def say(what: str) -> None:
         print(f"[{time.monotonic() - started:4.0f} s] {what}", flush=True)
 
-    runs_ahead = len(KINDS) * (args.seeds + (len(SEARCHED) if args.search else 0))
+    runs_ahead = len(TABLES) * (args.seeds + (len(SEARCHED) if args.search else 0))
     say(
         f"allocate, train {runs_ahead} models, export and serve one: "
         f"about {1 + round(runs_ahead * MINUTES_A_RUN)} minutes "
@@ -204,14 +204,14 @@ def main() -> None:
     say(f"MovieLens-100K: allocating LMA tables of dim {DIM} at {COMPRESSION}x from the training rows")
     torchx("allocate", [], ["--out", str(out / "allocation.safetensors"), *DATA, *LMA], out / "allocate.log")
     rates = search(out, say) if args.search else LEARNING_RATES
-    runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
+    runs: dict[str, list[dict[str, Any]]] = {tables: [] for tables in TABLES}
     for seed in range(args.seeds):
-        for kind, records in runs.items():
-            say(f"training {kind} on two ranks, learning rate {rates[kind]}, seed {seed}")
-            records.append(train(kind, rates[kind], seed, out))
+        for tables, records in runs.items():
+            say(f"training {tables} on two ranks, learning rate {rates[tables]}, seed {seed}")
+            records.append(train(tables, rates[tables], seed, out))
             best = records[-1]["best"]
             say(f"    test AUC {best['test']['auc']:.4f}, the best of {len(records[-1]['evaluations'])} evaluations")
-    summary = {kind: summarise(records) for kind, records in runs.items()}
+    summary = {tables: summarise(records) for tables, records in runs.items()}
     print_table(summary)
     (out / "summary.json").write_text(json.dumps(summary, indent=1))
     plot(runs, out / "auc_against_memory.png")

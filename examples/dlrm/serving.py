@@ -55,7 +55,7 @@ def dlrm(checkpoint: Path, allocation: Allocation | None = None) -> ServableMode
             name: torch.tensor(values, dtype=torch.float32 if name == "float_features" else torch.int64)
             for name, values in settings["sample"].items()
         },
-        string_features=[name for name, kind in settings["id_types"].items() if kind == "strings"],
+        string_features=[name for name, id_type in settings["id_types"].items() if id_type == "strings"],
     )
 
 

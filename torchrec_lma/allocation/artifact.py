@@ -143,7 +143,7 @@ class Allocation:
         for memory in self.memories:
             for name, tensor in sorted(memory.tensors.items()):
                 digest.update(json.dumps([memory.name, name, str(tensor.dtype), list(tensor.shape)]).encode())
-                digest.update(tensor.contiguous().numpy().data)  # its buffer, not a copy: it can be most of the memory
+                digest.update(tensor.contiguous().numpy().data)  # its buffer, not a copy: it can be most of the RAM
         return digest.hexdigest()
 
     def check_made_for(self, tables: Sequence[BaseEmbeddingConfig]) -> None:
@@ -295,12 +295,12 @@ class Allocation:
                 levels = tuple(Level(**level) for level in memory["levels"])
                 fields = {**memory, "tables": tuple(memory["tables"]), "levels": levels}
                 memories.append(MemoryAllocation(**fields, tensors=own))
-            if len({one.name for one in memories}) < len(memories):
-                raise ValueError(f"memories {[one.name for one in memories]} have a name twice")
+            if len({memory.name for memory in memories}) < len(memories):
+                raise ValueError(f"memories {[memory.name for memory in memories]} have a name twice")
             check_tables(tables, values["whole"], [table for memory in memories for table in memory.tables])
-            for one in memories:
-                of_memory = [by_name[table] for table in one.tables]
-                check_memory(one.name, one.dim, one.raw_ids, of_memory, one.levels, one.tensors)
+            for memory in memories:
+                of_memory = [by_name[table] for table in memory.tables]
+                check_memory(memory.name, memory.dim, memory.raw_ids, of_memory, memory.levels, memory.tensors)
             config = LMAConfig.from_dict(values["config"])
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise ValueError(f"the parts make no allocation ({type(error).__name__}: {error})") from error
@@ -314,7 +314,7 @@ def new_memory(layout: MemoryLayout, levels: tuple[Level, ...], tensors: Mapping
 
 
 def all_tables(tables: Sequence[BaseEmbeddingConfig], layouts: Sequence[MemoryLayout]) -> tuple[TableSpec, ...]:
-    """The specs of all tables, in the order of the tables."""
+    """All tables, in the order of the tables."""
     by_name = {spec.name: spec for layout in layouts for spec in layout.tables}
     return tuple(by_name[table.name] for table in tables)
 

@@ -1,11 +1,11 @@
-"""How often ids occur, in bounded memory, whatever the order of the rows and however workers share them."""
+"""How often ids occur, in bounded RAM, whatever the order of the rows and however workers share them."""
 
 import numpy as np
 
 from torchrec_lma.hashing import salt
 
 _FLUSH_IDS = 1 << 18  # ids of all tables together that wait to be counted, at least
-_PART_IDS = 64  # an array that waits takes the memory of this many ids, however few it has
+_PART_IDS = 64  # an array that waits takes the RAM of this many ids, however few it has
 _DEPTH = 5  # rows of the sketch
 _LEAST_WIDTH = 1 << 10
 
@@ -19,7 +19,7 @@ class IdFrequency:
     Farach-Colton, ICALP 2002), being a sum over all occurrences, and whether there are more than `max_ids` distinct
     ids, whoever notices it first. A sketch cannot list its ids: the caller asks for those in its sample of rows.
 
-    Memory between calls, of all tables together: 16 bytes for each of `max_ids` at most, or 10 in the sketch, and 8 for
+    RAM between calls, of all tables together: 16 bytes for each of `max_ids` at most, or 10 in the sketch, and 8 for
     each id that waits to be counted: no more wait than `max_ids`, or 2 MiB where that is more, and the last batch.
     """
 
@@ -124,6 +124,6 @@ class IdFrequency:
         """For each row of the sketch the cells of keys and their signs, int64 [n], by multiply-shift hashing."""
         bits = self._sketch.shape[1].bit_length() - 1
         mixed = [keys.view(np.uint64) * np.uint64((salt("count-sketch", d) | 1) % 2**64) for d in range(_DEPTH)]
-        cells = [(one >> np.uint64(64 - bits)).view(np.int64) for one in mixed]
-        signs = [((one >> np.uint64(63 - bits)) & np.uint64(1)).view(np.int64) * 2 - 1 for one in mixed]
+        cells = [(hashed >> np.uint64(64 - bits)).view(np.int64) for hashed in mixed]
+        signs = [((hashed >> np.uint64(63 - bits)) & np.uint64(1)).view(np.int64) * 2 - 1 for hashed in mixed]
         return cells, signs

@@ -86,7 +86,7 @@ class RowSample:
         keys, tables = keys[kept][in_row_order], tables[kept][in_row_order]
         content, lengths = content[wanted], lengths[wanted]
         self._parts.append(Rows(content, torch.ones_like(content), lengths, keys, tables))
-        self._pending += max(content.numel(), 256)  # a part without rows takes memory as well
+        self._pending += max(content.numel(), 256)  # a part without rows takes RAM as well
         if self.max_rows is not None and self._pending > self.max_rows:
             self.rows()
 

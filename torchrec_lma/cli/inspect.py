@@ -126,5 +126,5 @@ def _observe(
     bar = tqdm(batches, total=dataset.num_batches("train", 8192), unit="batch", disable=None)
     features = (batch.sparse_features for batch in bar)
     if vocabulary is not None:
-        features = (vocabulary(one) for one in features)
+        features = (vocabulary(batch) for batch in features)
     return ObservedIds(features, table_of_column, allocation.config.seed, max_rows)

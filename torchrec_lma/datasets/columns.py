@@ -10,7 +10,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-STRING_KINDS = (
+STRING_TYPES = (
     pa.types.is_string,
     pa.types.is_large_string,
     pa.types.is_binary,
@@ -19,7 +19,7 @@ STRING_KINDS = (
     pa.types.is_string_view,
     pa.types.is_binary_view,
 )
-NUMBER_KINDS = (
+NUMBER_TYPES = (
     pa.types.is_integer,
     pa.types.is_floating,
     pa.types.is_decimal,
@@ -44,36 +44,36 @@ def encode_ids(array: pa.Array) -> pa.Array:
     Raises:
         ValueError: the column has another type, or a float is not an integer of at most 2^53.
     """
-    kind = array.type
-    if pa.types.is_integer(kind):
-        return array.view(pa.int64()) if pa.types.is_uint64(kind) else array.cast(pa.int64())
-    if pa.types.is_boolean(kind) or pa.types.is_null(kind):
+    arrow_type = array.type
+    if pa.types.is_integer(arrow_type):
+        return array.view(pa.int64()) if pa.types.is_uint64(arrow_type) else array.cast(pa.int64())
+    if pa.types.is_boolean(arrow_type) or pa.types.is_null(arrow_type):
         return array.cast(pa.int64())
-    if pa.types.is_dictionary(kind):
+    if pa.types.is_dictionary(arrow_type):
         return encode_ids(array.dictionary).take(array.indices)
-    if pa.types.is_string_view(kind) or pa.types.is_binary_view(kind):
+    if pa.types.is_string_view(arrow_type) or pa.types.is_binary_view(arrow_type):
         return encode_ids(array.cast(pa.large_binary()))
-    if any(is_kind(kind) for is_kind in STRING_KINDS):
+    if any(is_type(arrow_type) for is_type in STRING_TYPES):
         encoded = array.dictionary_encode()  # hash each distinct string once
         strings = encoded.dictionary.to_numpy(zero_copy_only=False)  # [distinct] of str or bytes
         return pa.array(pd.util.hash_array(strings, categorize=False).view(np.int64)).take(encoded.indices)
-    if pa.types.is_floating(kind):
+    if pa.types.is_floating(arrow_type):
         values = array.cast(pa.float64()).to_numpy(zero_copy_only=False)  # missing -> NaN
         missing = np.isnan(values)
         bad = values[~missing & ~((values == np.trunc(values)) & (np.abs(values) <= 2**53))]
         if bad.size:
             raise ValueError(f"float {bad[0]} is no id: round or bin it to integers, or use the column as numeric")
         return pa.array(np.where(missing, 0, values).astype(np.int64), mask=missing)
-    if _is_list(kind):
+    if _is_list(arrow_type):
         ids = encode_ids(array.flatten())  # skips the elements of missing lists
         if pa.types.is_large_list(ids.type):
-            raise ValueError(f"{kind} is a list of lists: flatten it to one list of ids a row")
+            raise ValueError(f"{arrow_type} is a list of lists: flatten it to one list of ids a row")
         lengths = pc.list_value_length(array).fill_null(0).to_numpy()
         kept = np.repeat(np.arange(len(array)), lengths)[ids.is_valid().to_numpy(zero_copy_only=False)]
         offsets = np.zeros(len(array) + 1, np.int64)
         np.cumsum(np.bincount(kept, minlength=len(array)), out=offsets[1:])
         return pa.LargeListArray.from_arrays(pa.array(offsets), ids.drop_null())
-    raise ValueError(f"type {kind} cannot hold ids: convert the column to integers, strings, or a list of either")
+    raise ValueError(f"type {arrow_type} cannot hold ids: convert the column to integers, strings, or a list of either")
 
 
 def encode_numeric(array: pa.Array) -> pa.Array:
@@ -90,9 +90,9 @@ def encode_numeric(array: pa.Array) -> pa.Array:
 def _as_float64(array: pa.Array) -> np.ndarray:
     """float64 [rows], NaN where missing."""
     array = array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
-    kind = array.type
-    if not any(is_kind(kind) for is_kind in NUMBER_KINDS):
-        raise ValueError(f"type {kind} holds no numbers: convert the column to integers or floats")
+    arrow_type = array.type
+    if not any(is_type(arrow_type) for is_type in NUMBER_TYPES):
+        raise ValueError(f"type {arrow_type} holds no numbers: convert the column to integers or floats")
     return np.array(array.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False))
 
 
@@ -131,22 +131,22 @@ def as_times(array: pa.Array) -> np.ndarray:
     return values
 
 
-def id_type(kind: pa.DataType) -> str | None:
+def id_type(arrow_type: pa.DataType) -> str | None:
     """What the values of a type are as ids: "integers" or "strings", which are other ids; None if there are none."""
-    if pa.types.is_dictionary(kind) or _is_list(kind):
-        return id_type(kind.value_type)
-    if pa.types.is_null(kind):
+    if pa.types.is_dictionary(arrow_type) or _is_list(arrow_type):
+        return id_type(arrow_type.value_type)
+    if pa.types.is_null(arrow_type):
         return None
-    if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind):
+    if pa.types.is_integer(arrow_type) or pa.types.is_floating(arrow_type) or pa.types.is_boolean(arrow_type):
         return "integers"
-    return "strings" if any(is_kind(kind) for is_kind in STRING_KINDS) else str(kind)
+    return "strings" if any(is_type(arrow_type) for is_type in STRING_TYPES) else str(arrow_type)
 
 
-def time_type(kind: pa.DataType) -> str | None:
+def time_type(arrow_type: pa.DataType) -> str | None:
     """What the values of a type are as times: "numbers", or "times" of a calendar; None if there are none."""
-    if pa.types.is_date(kind) or pa.types.is_timestamp(kind) or id_type(kind) == "strings":
+    if pa.types.is_date(arrow_type) or pa.types.is_timestamp(arrow_type) or id_type(arrow_type) == "strings":
         return "times"
-    return "numbers" if id_type(kind) == "integers" else id_type(kind)
+    return "numbers" if id_type(arrow_type) == "integers" else id_type(arrow_type)
 
 
 def string_like_a_list(array: pa.Array) -> str | None:
@@ -172,5 +172,5 @@ def as_bags(ids: pa.Array) -> pa.Array:
     return pa.LargeListArray.from_arrays(pa.array(offsets), ids.drop_null())
 
 
-def _is_list(kind: pa.DataType) -> bool:
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+def _is_list(arrow_type: pa.DataType) -> bool:
+    return pa.types.is_list(arrow_type) or pa.types.is_large_list(arrow_type) or pa.types.is_fixed_size_list(arrow_type)

@@ -35,10 +35,10 @@ def list_files(path: Path, endings: Sequence[str] = ("",)) -> tuple[pyarrow.fs.F
         pattern = first + text[wild.start() :]
     else:
         filesystem, root = _filesystem(text)
-        kind = filesystem.get_file_info(root).type
-        if kind == pyarrow.fs.FileType.NotFound:
+        file_type = filesystem.get_file_info(root).type
+        if file_type == pyarrow.fs.FileType.NotFound:
             raise FileNotFoundError(f"{text} does not exist: give the path of a file or a directory of files")
-        if kind == pyarrow.fs.FileType.File:
+        if file_type == pyarrow.fs.FileType.File:
             return filesystem, [root]
     found = filesystem.get_file_info(pyarrow.fs.FileSelector(root, recursive=True, allow_not_found=True))
     names = [info.path[len(root) :].lstrip("/") for info in found if info.is_file]

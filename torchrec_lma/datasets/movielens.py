@@ -91,13 +91,13 @@ def _extract(wheel: Path) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     tables = []
     try:
         with zipfile.ZipFile(wheel) as archive:
-            contents = {kind: archive.read(f"recbole/dataset_example/ml-100k/ml-100k.{kind}") for kind in SHA256}
+            contents = {suffix: archive.read(f"recbole/dataset_example/ml-100k/ml-100k.{suffix}") for suffix in SHA256}
     except (zipfile.BadZipFile, KeyError) as error:
         raise ValueError(f"{wheel} is no whole wheel of {RECBOLE} ({error}): remove it") from error
-    for kind, content in contents.items():
+    for suffix, content in contents.items():
         found = hashlib.sha256(content).hexdigest()
-        if found != SHA256[kind]:
-            raise ValueError(f"ml-100k.{kind} in {wheel} has sha256 {found}, not {SHA256[kind]}: remove the wheel")
+        if found != SHA256[suffix]:
+            raise ValueError(f"ml-100k.{suffix} in {wheel} has sha256 {found}, not {SHA256[suffix]}: remove the wheel")
         table = pd.read_csv(io.BytesIO(content), sep="\t", dtype=str, quoting=3, keep_default_na=False)
         tables.append(table.rename(columns=lambda header: header.split(":")[0]))  # "user_id:token" -> "user_id"
     interactions, users, items = tables

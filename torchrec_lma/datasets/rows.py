@@ -8,7 +8,7 @@
 The flow of one row: a *unit* (a parquet row group, a TSV file) is read in chunks as it is stored; the rows of the
 asked split and of the rank's share are kept; `encode_ids` and `encode_numeric` turn their columns into ids and floats;
 shuffling (windows.py) and batching are `take` and `slice` of Arrow batches; `_to_batch` gives the buffers to torch.
-No step loops over rows or ids in Python, and memory is bounded by `shuffle_rows`, not by the data.
+No step loops over rows or ids in Python, and RAM is bounded by `shuffle_rows`, not by the data.
 
 Serving must encode requests as training did: `encode_ids` and `encode_numeric` are the two functions to call.
 """
@@ -220,13 +220,13 @@ class RowDataset(ABC):
             roles = {"ids": id_type(of_column)} if name in self.schema.categorical else {}
             if name in self.split.columns:
                 roles |= {"times": time_type(of_column)} if self.split.by == "time" else {"ids": id_type(of_column)}
-            for role, kind in roles.items():
-                if kind is None:  # the file has no value of it
+            for role, found in roles.items():
+                if found is None:  # the file has no value of it
                     continue
-                known, first = self._types.setdefault((name, role), (kind, path))
-                if known != kind:
+                known, first = self._types.setdefault((name, role), (found, path))
+                if known != found:
                     raise ValueError(
-                        f"column {name!r} has {known} in {first} and {kind} in {path}, in which equal {role} are not "
+                        f"column {name!r} has {known} in {first} and {found} in {path}, in which equal {role} are not "
                         "equal: write it in one type"
                     )
 
@@ -341,7 +341,7 @@ class RowDataset(ABC):
     def _no_rows(self) -> pa.RecordBatch:
         """`_encoded`'s columns with 0 rows."""
         types = {name: pa.int64() if name in self.schema.categorical else pa.float32() for name in self.schema.columns}
-        return pa.RecordBatch.from_pydict({name: pa.array([], kind) for name, kind in types.items()})
+        return pa.RecordBatch.from_pydict({name: pa.array([], arrow_type) for name, arrow_type in types.items()})
 
 
 @contextmanager

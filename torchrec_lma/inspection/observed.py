@@ -18,7 +18,7 @@ class ObservedIds:
     """The distinct ids of a sample of rows, how often each occurs, and the rows that it stands in.
 
     The sample is the builder's own (`RowSample`): with as many rows it holds the rows that signatures were made from.
-    Memory is bounded by `max_rows`.
+    RAM is bounded by `max_rows`.
 
     Args:
         batches: of rows; features that feed no table are left out.

@@ -96,9 +96,9 @@ def request(
         .values and .weights.
     """
     rows = {"float_features": float_features}
-    for kind, features in ((ID_LIST, id_list), (ID_SCORE_LIST, id_score_list)):
+    for prefix, features in ((ID_LIST, id_list), (ID_SCORE_LIST, id_score_list)):
         if features is not None:
-            rows |= {f"{kind}.lengths": features.lengths(), f"{kind}.values": features.values()}
+            rows |= {f"{prefix}.lengths": features.lengths(), f"{prefix}.values": features.values()}
     if id_score_list is not None:
         rows[f"{ID_SCORE_LIST}.weights"] = id_score_list.weights()
     return rows
@@ -278,11 +278,11 @@ def _in_id_types(rows: dict[str, Tensor]) -> list[dict[str, Tensor]]:
 def _check_sample(servable: ServableModel) -> None:
     """Raises ValueError where the sample's sizes do not multiply out."""
     rows = servable.sample
-    kinds = {ID_LIST: servable.id_list_features, ID_SCORE_LIST: servable.id_score_list_features}
+    names_of = {ID_LIST: servable.id_list_features, ID_SCORE_LIST: servable.id_score_list_features}
     wanted = ["float_features"]
-    for kind, names in kinds.items():
-        parts = ("lengths", "values", "weights") if kind == ID_SCORE_LIST else ("lengths", "values")
-        wanted += [f"{kind}.{part}" for part in parts if names]
+    for prefix, names in names_of.items():
+        parts = ("lengths", "values", "weights") if prefix == ID_SCORE_LIST else ("lengths", "values")
+        wanted += [f"{prefix}.{part}" for part in parts if names]
     if missing := [key for key in wanted if key not in rows]:
         raise ValueError(f"the sample of the model lacks {missing}; make it with torchrec_lma.quant.request")
     floats = rows["float_features"]
@@ -291,13 +291,13 @@ def _check_sample(servable: ServableModel) -> None:
             f"the sample's float_features are {list(floats.shape)}, expected [B, {len(servable.float_features)}] of at "
             "least one row"
         )
-    for kind, names in kinds.items():
+    for prefix, names in names_of.items():
         if not names:
             continue
-        lengths, values = rows[f"{kind}.lengths"], rows[f"{kind}.values"]
+        lengths, values = rows[f"{prefix}.lengths"], rows[f"{prefix}.values"]
         bags = len(names) * len(floats)
         if lengths.numel() != bags or int(lengths.sum()) != values.numel():
             raise ValueError(
-                f"the sample has {lengths.numel()} {kind}.lengths that sum to {int(lengths.sum())} and "
+                f"the sample has {lengths.numel()} {prefix}.lengths that sum to {int(lengths.sum())} and "
                 f"{values.numel()} values; {len(names)} features of {len(floats)} rows need {bags} lengths"
             )

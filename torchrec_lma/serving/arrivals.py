@@ -1,4 +1,4 @@
-"""Messages that are still arriving: how many are received at once, which bounds their memory, and who gives way."""
+"""Messages that are still arriving: how many are received at once, which bounds their RAM, and who gives way."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -18,7 +18,7 @@ class Arrivals(grpc.aio.ServerInterceptor):
     """Receives requests, so many at a time.
 
     gRPC opens a stream's flow control for the whole of a message as soon as the server asks for it. Until then a stream
-    brings 64 KiB at most. So what is asked for at the same time bounds the memory. While requests wait to be received,
+    brings 64 KiB at most. So what is asked for at the same time bounds the RAM. While requests wait to be received,
     those that have been arriving for `PATIENCE_SECONDS` give way; else a slow client may take its time.
 
     As an interceptor it receives the requests of the standard services too. The server's own method is passed through,

@@ -42,7 +42,7 @@ class Limits:
     """
     Args:
         max_rows: of a batch; a larger request is a batch of its own.
-        max_ids: of a batch, which bounds the memory that computing it takes; a larger request is for the caller to
+        max_ids: of a batch, which bounds the RAM that computing it takes; a larger request is for the caller to
             refuse.
         max_delay_seconds: how long the first request of a batch waits for others.
         max_request_rows: of one request; a larger one is for the caller to refuse.

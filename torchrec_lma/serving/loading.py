@@ -87,7 +87,7 @@ async def try_model(
 def try_here(path: str, source: str, counts: Sequence[int] | None, device: str, warm_up_rows: int) -> int | str:
     """What the process does: exits with 0, or with the message."""
     torch.set_num_threads(1)
-    with suppress(OSError):  # if memory runs out it shall be this process that is killed, and not the server
+    with suppress(OSError):  # if RAM runs out it shall be this process that is killed, and not the server
         Path("/proc/self/oom_score_adj").write_text("1000")
     try:
         Model(Path(path), counts, torch.device(device), warm_up_rows, Path(source))

@@ -46,7 +46,7 @@ class ModelStore:
         """
         try:
             stamp = Stamp.of(self._path)
-        except OSError:  # between removal and replacement; the model in memory does not need it
+        except OSError:  # between removal and replacement; the loaded model does not need it
             self._seen = None
             return False
         settled, self._seen = stamp == self._seen, stamp

@@ -72,8 +72,8 @@ class ContextMinHash(RowsSource):
         chosen = item >= 0
         item, item_table, row = item[chosen], rows.tables[chosen], row[chosen]
         sampled = []
-        for one in salts:
-            permuted = mix64(keys ^ one)
+        for salt in salts:
+            permuted = mix64(keys ^ salt)
             first = smallest(permuted, row_of_context, n_rows)  # (R)
             is_first = permuted == first[row_of_context]
             first_table = torch.full((n_rows,), -1, dtype=table.dtype)
@@ -103,12 +103,12 @@ class ContextMinHash(RowsSource):
             of_item, of_row = of_item // n_rows, of_item % n_rows
             n_pairs = torch.zeros(n_items, dtype=torch.int64).index_add_(0, of_item, per_row[of_row])
             for start, end in _blocks(n_pairs, _PAIRS):
-                block = slice(*torch.searchsorted(of_item, torch.tensor([start, end])).tolist())
+                span = slice(*torch.searchsorted(of_item, torch.tensor([start, end])).tolist())
                 pair_item, pair_context, weight = _pairs(
-                    rows, of_item[block] - start, of_row[block], context_of_key, per_row, keys.numel()
+                    rows, of_item[span] - start, of_row[span], context_of_key, per_row, keys.numel()
                 )
-                for n, one in enumerate(salts):
-                    order, element = _consistent_weighted_sample(keys[pair_context], weight, one)
+                for n, salt in enumerate(salts):
+                    order, element = _consistent_weighted_sample(keys[pair_context], weight, salt)
                     least = torch.full((end - start,), torch.inf, dtype=torch.float64)
                     least.scatter_reduce_(0, pair_item, order, "amin")
                     is_least = order == least[pair_item]

@@ -39,8 +39,8 @@ class RowsMinHash(RowsSource):
         chosen = item >= 0
         item, row = item[chosen], rows.row_of_key()[chosen]
         sampled = []
-        for one in salts:
-            permuted = mix64(rows.hash ^ one)  # (R), a random order of the rows
+        for salt in salts:
+            permuted = mix64(rows.hash ^ salt)  # (R), a random order of the rows
             if not self.weighted:
                 sampled.append(smallest(permuted[row], item, item_keys.numel()))
                 continue

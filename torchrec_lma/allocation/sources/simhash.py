@@ -51,14 +51,15 @@ class SimHash(Source):
         length = vectors.size(1)
         salts = [salt("simhash", seed, length, self.bits, k) for k in range(self.num_values)]
         # Of each value by itself, so that tables with another K have the first values in common.
-        generators = [torch.Generator().manual_seed(one & LARGEST) for one in salts]
+        generators = [torch.Generator().manual_seed(each & LARGEST) for each in salts]
         directions = torch.cat(
-            [torch.randn(length, self.bits, generator=one, dtype=torch.float64) for one in generators], dim=1
+            [torch.randn(length, self.bits, generator=generator, dtype=torch.float64) for generator in generators],
+            dim=1,
         )  # (d, K * bits)
         values = []
-        for block in vectors.split(1 << 16):
+        for part in vectors.split(1 << 16):
             # In float64, so that a sign does not depend on how the sum is ordered, but for one in about 1e13.
-            signs = (block.to(torch.float64) @ directions >= 0).view(-1, self.num_values, self.bits)  # (S, K, bits)
+            signs = (part.to(torch.float64) @ directions >= 0).view(-1, self.num_values, self.bits)  # (S, K, bits)
             packed = (signs.to(torch.int64) << torch.arange(self.bits)).sum(2)  # (S, K)
             values.append((mix64(packed ^ torch.tensor(salts)) >> 32).to(torch.int32))
         return torch.cat(values)
