@@ -188,7 +188,7 @@ def make_tables(args: argparse.Namespace, num_embeddings: dict[str, int]) -> lis
     ]
 
 
-def add_lma_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+def add_lma_options(parser: argparse.ArgumentParser) -> Any:
     """Returns their group."""
     group = parser.add_argument_group("allocation (docs/allocations.md)")
     budget = group.add_mutually_exclusive_group()

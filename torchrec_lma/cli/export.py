@@ -6,7 +6,7 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from torchrec_lma.allocation import Allocation
 from torchrec_lma.cli.outputs import check_writable
@@ -18,7 +18,7 @@ from torchrec_lma.quant.transforms import DTYPES
 Factory = Callable[[Path, Allocation | None], ServableModel]
 
 
-def add_export(commands: argparse._SubParsersAction) -> None:
+def add_export(commands: Any) -> None:
     parser = commands.add_parser(
         "export",
         help="Make a quantized TorchScript model of a checkpoint.",

@@ -5,7 +5,7 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # an extra
     from torchrec_lma.serving.client import PredictionClient
 
 
-def add_predict(commands: argparse._SubParsersAction) -> None:
+def add_predict(commands: Any) -> None:
     predict = commands.add_parser(
         "predict",
         help="Score rows with a server.",

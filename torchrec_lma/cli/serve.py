@@ -4,9 +4,10 @@ import argparse
 import asyncio
 import logging
 from pathlib import Path
+from typing import Any
 
 
-def add_serve(commands: argparse._SubParsersAction) -> None:
+def add_serve(commands: Any) -> None:
     serve = commands.add_parser(
         "serve",
         help="Serve a model over gRPC.",
