@@ -41,6 +41,7 @@ from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backwa
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from torchrec_lma import get_default_sharders
+from torchrec_lma.files import replacing
 from torchrec_lma.text_table import text_table
 
 START, MOST_RATES = 0.1, 6
@@ -221,7 +222,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
                     lines[method] = axis.errorbar(x, y, error, marker="o", color=f"C{number}", linewidth=width)
     figure.legend(list(lines.values()), list(lines), loc="lower center", ncols=len(lines), fontsize=8)
     figure.tight_layout(rect=(0, 0.04, 1, 1))
-    figure.savefig(path, dpi=80)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=80)
 
 
 def as_table(rows: list[dict[str, Any]]) -> str:

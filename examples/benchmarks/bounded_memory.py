@@ -1,4 +1,4 @@
-"""Time and peak memory of what passes over all ids once: compressing full tables, writing them out, inspecting.
+"""Time and peak RAM of what passes over all ids once: compressing full tables, writing them out, inspecting.
 
     python examples/benchmarks/bounded_memory.py compress --ids 4000000 --dim 64
     python examples/benchmarks/bounded_memory.py leave --ids 4000000 --dim 64
@@ -21,6 +21,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_lma import Allocation, AllocationBuilder, LMAConfig, LMAEmbeddingBagCollection
+from torchrec_lma.files import replacing
 from torchrec_lma.inspection import inspect
 
 CONFIG = LMAConfig(compression=16)
@@ -104,7 +105,8 @@ def main() -> None:
     print(f"{args.what}: {size / MIB:,.0f} MiB in {seconds:.1f} s, peak {after:,.0f} MiB, {before:,.0f} before")
     if args.json is not None:
         record = {"what": args.what, "ids": args.ids, "bytes": size, "seconds": seconds, "peak_mib": after}
-        args.json.write_text(json.dumps({**record, "before_mib": before}, indent=1))
+        with replacing(args.json) as temporary:
+            temporary.write_text(json.dumps({**record, "before_mib": before}, indent=1))
 
 
 if __name__ == "__main__":

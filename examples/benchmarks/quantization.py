@@ -22,6 +22,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from torchrec_lma.files import replacing
 from torchrec_lma.options import open_dataset
 from torchrec_lma.quant import DTYPES, quantize, request
 from torchrec_lma.quant.export import ContractModule
@@ -126,7 +127,8 @@ def main() -> None:
     for row in formats:
         print(f"{row['dtype']:<8}{row['width']:>6}{row['cpu_bytes']:>12}{row['gpu_bytes']:>12}{row['error']:>16.4f}")
     if args.json is not None:
-        args.json.write_text(json.dumps({"trained": trained, "formats": formats}, indent=1))
+        with replacing(args.json) as temporary:
+            temporary.write_text(json.dumps({"trained": trained, "formats": formats}, indent=1))
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from torchrec_lma import Allocation, LMAEmbeddingBagCollection, reallocate
 from torchrec_lma.datasets import RowDataset, Vocabulary
+from torchrec_lma.files import replacing
 from torchrec_lma.options import (
     add_data_options,
     add_lma_options,
@@ -188,7 +189,8 @@ def report(args: argparse.Namespace, curves: dict[str, list[dict[str, float]]], 
     if args.json is not None:
         arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
         record = {"arguments": arguments, "curves": curves, "changes": [vars(change) for change in changes]}
-        args.json.write_text(json.dumps(record, indent=1))
+        with replacing(args.json) as temporary:
+            temporary.write_text(json.dumps(record, indent=1))
     if args.plot is not None:
         plot(curves, args)
 
@@ -204,7 +206,8 @@ def plot(curves: dict[str, list[dict[str, float]]], args: argparse.Namespace) ->
     axes.set_xlabel("epochs")
     axes.set_ylabel("validation log-loss")
     axes.legend(frameon=False)
-    figure.savefig(args.plot, dpi=130)
+    with replacing(args.plot) as temporary:
+        figure.savefig(temporary, dpi=130)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ import grpc
 import numpy as np
 import torch
 
+from torchrec_lma.files import replacing
 from torchrec_lma.options import add_data_options, open_dataset
 from torchrec_lma.quant import request as contract_request
 from torchrec_lma.serving.client import PREDICT, make_request
@@ -262,9 +263,8 @@ def soak(args: argparse.Namespace, models: dict[str, Path], load: Load) -> dict[
         return sender
 
     def replace(path: Path, source: Path) -> None:
-        writing = path.with_suffix(".writing")
-        shutil.copyfile(source, writing)
-        os.replace(writing, path)
+        with replacing(path) as temporary:
+            shutil.copyfile(source, temporary)
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.pt"
@@ -327,7 +327,8 @@ def main() -> int:
     load = make_load(args, list(models.values()))
     result = measure(args, models, load) if args.soak is None else soak(args, models, load)
     if args.json is not None:
-        args.json.write_text(json.dumps(result, indent=1))
+        with replacing(args.json) as temporary:
+            temporary.write_text(json.dumps(result, indent=1))
     return 0 if args.soak is None or result["passed"] else 1
 
 

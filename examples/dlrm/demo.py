@@ -27,6 +27,8 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from torchrec_lma.files import replacing
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 COMPRESSION, DIM = 16, 64
 SMALLER_DIM = 2 * DIM // COMPRESSION  # in FP16
@@ -213,8 +215,10 @@ def main() -> None:
             say(f"    test AUC {best['test']['auc']:.4f}, the best of {len(records[-1]['evaluations'])} evaluations")
     summary = {tables: summarise(records) for tables, records in runs.items()}
     print_table(summary)
-    (out / "summary.json").write_text(json.dumps(summary, indent=1))
-    plot(runs, out / "auc_against_memory.png")
+    with replacing(out / "summary.json") as temporary:
+        temporary.write_text(json.dumps(summary, indent=1))
+    with replacing(out / "auc_against_memory.png") as temporary:
+        plot(runs, temporary)
 
     best, name = runs["LMA"][0]["best"], run_name("LMA", 0)
     say("exporting the LMA model of seed 0 in INT8")
