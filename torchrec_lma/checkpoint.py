@@ -52,7 +52,7 @@ class _Unpickler(pickle.Unpickler):
             found = getattr(torch, name, None) if name.isidentifier() else None
             found = found if isinstance(found, torch.dtype) else None
         if found is None:
-            raise UntrustedCheckpoint(f"names {module}.{name}, which is none of torch.distributed.checkpoint's classes")
+            raise UntrustedCheckpoint(f"names {module}.{name}, which torch.distributed.checkpoint does not write")
         return found
 
 
@@ -78,8 +78,8 @@ class CheckpointReader(dcp.FileSystemReader):
             raise UntrustedCheckpoint(f"{path} {error}: it was not loaded, for a name can run any command") from None
         except Exception as error:  # what bytes that are no pickle of DCP's raise is up to what they are
             raise UntrustedCheckpoint(
-                f"{path} is none of torch.distributed.checkpoint's ({type(error).__name__}: {error}); the checkpoint "
-                "was damaged"
+                f"{path} was not written by torch.distributed.checkpoint ({type(error).__name__}: {error}); the "
+                "checkpoint was damaged"
             ) from error
         _check(metadata, path)
         if metadata.storage_meta is None:  # as the method that this stands for has it
@@ -89,7 +89,7 @@ class CheckpointReader(dcp.FileSystemReader):
 
 
 class _LoadPlanner(DefaultLoadPlanner):
-    """DCP's own, but for what is no tensor, which that reads with any unpickling, and this as plain values."""
+    """DCP's own planner, but what is not a tensor is read as plain values, and never unpickled into anything else."""
 
     def load_bytes(self, read_item: ReadItem, value: Any) -> None:
         key = read_item.dest_index.fqn
@@ -97,7 +97,7 @@ class _LoadPlanner(DefaultLoadPlanner):
             loaded = torch.load(value, weights_only=True)
         except pickle.UnpicklingError as error:
             reason = str(error).split("\n")[0]
-            raise UntrustedCheckpoint(f"{key} in the checkpoint is no plain value: {reason}") from None
+            raise UntrustedCheckpoint(f"{key} in the checkpoint is not a plain value: {reason}") from None
         set_element(self.original_state_dict, self.mappings[key], loaded)
 
 

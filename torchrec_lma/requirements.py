@@ -38,7 +38,7 @@ def check_torchrec() -> None:
     found = version("torchrec")
     if _minor(found) not in TESTED:
         warnings.warn(
-            f"torchrec {found} is installed; torchrec_lma is tested with {' and '.join(TESTED)} and goes on. Where it "
+            f"torchrec {found} is installed; torchrec_lma is tested with {' and '.join(TESTED)}. Where it "
             "fails, install one of these",
             stacklevel=3,
         )

@@ -46,7 +46,7 @@ def train(
     """Trains a DLRM with LMA embedding tables, one process per device, with torchrun.
 
     A process that dies is restarted with all others by torchrun, which is quick; a node that dies, by the scheduler.
-    The trainer goes on from its newest checkpoint: see docs/restart.md.
+    The trainer resumes from its newest checkpoint: see docs/restart.md.
 
     Args:
         script_args: arguments of the training script, after --

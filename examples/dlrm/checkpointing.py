@@ -54,7 +54,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
         if keep < 1:
-            raise ValueError(f"keep={keep} must be at least 1: the newest checkpoint is what a restart goes on from")
+            raise ValueError(f"keep={keep} must be at least 1: the newest checkpoint is what a restart needs")
         for outer in (folder.absolute(), *folder.absolute().parents):
             if is_checkpoint(outer):
                 raise ValueError(f"{folder} is in the checkpoint {outer}; give the folder of the run, {outer.parent}")

@@ -67,7 +67,7 @@ def find_checkpoint(path: Path) -> Path:
     if not (path / ".metadata").exists():
         checkpoints = Checkpoints(path)
         if not (paths := checkpoints.paths()):
-            raise ValueError(f"{path} is no checkpoint of train.py and holds none; give its --checkpoint-dir")
+            raise ValueError(f"{path} is not a checkpoint of train.py, nor does it hold one; give its --checkpoint-dir")
         newest, best = paths[-1], read_progress(paths[-1])["best"]
         path = newest if best is None else checkpoints.path(best["steps"])
         if not path.exists():

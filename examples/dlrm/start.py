@@ -1,4 +1,4 @@
-"""What a run of train.py starts from: a checkpoint that goes on, or an allocation, or the ids of the data."""
+"""What a run of train.py starts from: a checkpoint to resume, or an allocation, or the ids of the data."""
 
 import argparse
 import hashlib
@@ -44,13 +44,13 @@ def check_settings(then: dict[str, Any], now: dict[str, Any], checkpoint: Path) 
     elif then["rows_digest"] != now["rows_digest"]:
         changed.append(f"--data had other rows than {now['arguments']['data']} has")
     if changed:
-        raise ValueError(f"cannot go on from {checkpoint} with other settings: {'; '.join(changed)}")
+        raise ValueError(f"cannot resume {checkpoint} with other settings: {'; '.join(changed)}")
 
 
 def find_start(
     args: argparse.Namespace, dataset: RowDataset, checkpoints: Checkpoints | None, restarted: bool
 ) -> tuple[Path | None, dict[str, Any], Vocabulary | None]:
-    """The checkpoint to go on from, the settings of this run, and the vocabulary. Collective.
+    """The checkpoint to resume, the settings of this run, and the vocabulary. Collective.
 
     `restarted`: by torchrun, on any node.
     """
@@ -69,7 +69,7 @@ def find_start(
         counts, vocabulary = count_and_number_ids(args, dataset)
         return None, settings | {"num_embeddings": counts}, vocabulary
     if not (args.resume or restarted):
-        raise ValueError(f"{args.checkpoint_dir} holds {resume_from.name}; go on from it with --resume, or empty it")
+        raise ValueError(f"{args.checkpoint_dir} holds {resume_from.name}; give --resume, or empty the folder")
     trained = read_settings(resume_from)
     check_settings(trained, settings, resume_from)
     return resume_from, settings | {"num_embeddings": trained["num_embeddings"]}, read_vocabulary(resume_from)

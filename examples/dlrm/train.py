@@ -127,7 +127,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     if checkpoints is not None and resume_from is not None:
         saved = Progress(**checkpoints.load(resume_from, dmp, optimizer))
         progress = saved.with_steps_per_epoch(steps_per_epoch)
-        say(f"going on from {resume_from}: epoch {progress.epoch}, step {progress.step} of {steps_per_epoch}")
+        say(f"resuming {resume_from}: epoch {progress.epoch}, step {progress.step} of {steps_per_epoch}")
         if progress is not saved:
             say(f"    the run had {saved.steps_per_epoch} steps in an epoch: some rows of this one come twice or not")
 

@@ -1,4 +1,4 @@
-"""The training loop: steps, evaluations several times an epoch, early stopping, and what a restart goes on from."""
+"""The training loop: steps, evaluations several times an epoch, early stopping, and what a restart needs."""
 
 import argparse
 import itertools
@@ -76,7 +76,7 @@ class Trainer:
         args: of train.py.
         device, model, optimizer: of this rank.
         batches: yields this rank's batches of a split; for "train" of an epoch, from a batch of it on.
-        progress: where to go on from.
+        progress: where to continue.
         save: writes a checkpoint; None where none are kept.
     """
 
@@ -225,7 +225,7 @@ class Trainer:
                 return
 
     def _save(self) -> None:
-        # A step may ruin the weights and the next one find out. What is saved has to be good to go on from.
+        # A step may ruin the weights and the next one find out. What is saved has to be good to resume.
         (unusable,) = self._over_ranks(_has_non_finite(self.model))
         self._check_finite("a weight", math.nan if unusable else 0.0)
         if self._save_checkpoint is not None:

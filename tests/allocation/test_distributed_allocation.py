@@ -262,5 +262,5 @@ def test_a_worker_that_cannot_read_its_share_ends_the_build(clicks: Path, tmp_pa
     process = torchrun(2, [*arguments(tmp_path, tmp_path / "out"), "--split", "hash", "--num-embeddings", "500"])
     _, errors = process.communicate(timeout=300)
     assert process.returncode != 0
-    assert re.search(r"torchrec-lma allocate: .*part2.parquet.*'user'.*float 7\.5 is no id", errors)
+    assert re.search(r"torchrec-lma allocate: .*part2.parquet.*'user'.*float 7\.5 is not an id", errors)
     assert not (tmp_path / "out").exists()

@@ -448,10 +448,10 @@ def test_two_vectors_for_one_id_are_refused() -> None:
         ([2**63], [[1.0]], ValueError, "no int64|beyond int64"),
         (np.array([2**63 + 9], np.uint64), [[1.0]], ValueError, f"id {2**63 + 9}, beyond int64"),
         (["a"], [[1.0]], ValueError, "no int64"),
-        ([1, 2], [[1.0], [1.0, 2.0]], ValueError, r"vectors of 'item' are no array of numbers .*expected \[n, d\]"),
-        ([1], [["a"]], ValueError, "vectors of 'item' are no array of numbers"),
-        ([1], np.array([["a"]]), ValueError, "vectors of 'item' are no array of numbers"),
-        ([1], None, ValueError, "vectors of 'item' are no array of numbers"),
+        ([1, 2], [[1.0], [1.0, 2.0]], ValueError, r"vectors of 'item' are not an array of numbers .*expected \[n, d\]"),
+        ([1], [["a"]], ValueError, "vectors of 'item' are not an array of numbers"),
+        ([1], np.array([["a"]]), ValueError, "vectors of 'item' are not an array of numbers"),
+        ([1], None, ValueError, "vectors of 'item' are not an array of numbers"),
     ],
 )
 def test_bad_vectors_are_refused(ids: Any, vectors: Any, error: type[Exception], said: str) -> None:

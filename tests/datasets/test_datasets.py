@@ -484,7 +484,7 @@ def test_a_damaged_movielens_wheel_is_named(tmp_path: Path, whole_archive: bool)
             archive.writestr("recbole/__init__.py", "")
     else:
         wheel.write_bytes(b"PK")
-    with pytest.raises(ValueError, match=f"{movielens.WHEEL} is no whole wheel of .*: remove it"):
+    with pytest.raises(ValueError, match=f"{movielens.WHEEL} is not a complete wheel of .*: remove it"):
         movielens.prepare(tmp_path)
     assert list(tmp_path.iterdir()) == [wheel]
 

@@ -126,5 +126,5 @@ def test_damaged_columns_are_refused(
 
 
 def test_no_directory_is_said_to_be_missing(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="nowhere is no directory"):
+    with pytest.raises(FileNotFoundError, match="nowhere is not a directory"):
         NumpyDataset(tmp_path / "nowhere", SCHEMA)

@@ -575,7 +575,7 @@ def test_a_killed_rank_is_restarted_and_the_run_ends_in_the_same_bits(
     assert done.returncode == 0, done.stderr[-3000:]
     assert Path(fault.done).exists()
     if step > EVERY:
-        assert "going on from" in done.stdout
+        assert "resuming" in done.stdout
     assert_ended_alike(tmp_path / "run", undisturbed)
 
 
@@ -604,7 +604,7 @@ def test_a_rank_killed_on_one_of_two_nodes_is_restarted_with_those_of_the_other(
         for node in nodes:
             node.terminate()
     assert [node.returncode for node in nodes] == [0, 0], ended
-    assert Path(fault.done).exists() and any("going on from" in output for output, _ in ended)
+    assert Path(fault.done).exists() and any("resuming" in output for output, _ in ended)
     assert_ended_alike(tmp_path / "run", undisturbed)
 
 
@@ -616,7 +616,7 @@ def test_a_rank_killed_during_a_save_leaves_nothing_half_written(
     fault = Fault(signal.SIGKILL, rank=0, step=0, file=file, save=2, done=str(tmp_path / "done"))
     done = start(clicks, tmp_path / "run", "--keep", "20", restarts=1, fault=fault)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert f"going on from {tmp_path / 'run' / 'step-00000007'}" in done.stdout
+    assert f"resuming {tmp_path / 'run' / 'step-00000007'}" in done.stdout
     steps = sorted({*range(EVERY, 2 * STEPS, EVERY), *EVALUATIONS, *(STEPS + step for step in EVALUATIONS)})
     assert names(tmp_path / "run") == [f"step-{step:08d}" for step in steps]
     assert all(checkpointing.damage(path) is None for path in (tmp_path / "run").glob("step-*"))

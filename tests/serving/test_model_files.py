@@ -119,7 +119,7 @@ def test_file_that_is_no_model_is_refused_with_its_name(tmp_path: Path, capsys: 
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("{", "no JSON"),
+        ("{", "is not JSON"),
         ("[]", "format_version None"),
         ('{"format_version": 2}', "format_version 2, not 1"),
         ('{"format_version": 1, "float_features": "price"}', "float_features='price' must be a list"),

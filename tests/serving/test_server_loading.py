@@ -49,9 +49,9 @@ def test_what_is_no_regular_file_is_refused_unread(tmp_path: Path, what: str) ->
         path.mkdir()
     else:
         path.symlink_to("/dev/zero")
-    with pytest.raises(ValueError, match=r"model.pt is no regular file"):
+    with pytest.raises(ValueError, match=r"model.pt is not a regular file"):
         Model(path, None, CPU, 4)
-    with pytest.raises(ValueError, match=r"model.pt is no regular file"):
+    with pytest.raises(ValueError, match=r"model.pt is not a regular file"):
         asyncio.run(store.load())
     assert not store.has_changed()
     assert not store.has_changed()  # it is not tried again

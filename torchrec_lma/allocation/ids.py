@@ -75,5 +75,7 @@ def as_ids(ids: Any, where: str) -> Tensor:
     try:
         ids = torch.as_tensor(ids).cpu()
     except (OverflowError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{where} has ids that are no int64 ({error}); ids are integers in [-2**63, 2**63)") from error
+        raise ValueError(
+            f"{where} has ids that are not int64 ({error}); ids are integers in [-2**63, 2**63)"
+        ) from error
     return to_int64(ids, where)

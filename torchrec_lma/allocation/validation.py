@@ -40,7 +40,7 @@ def check_memory(
     """
     for table in tables:
         same = table.embedding_dim == dim and table.raw_ids is raw_ids
-        _require(same, f"memory {name!r} has dim {dim} and raw_ids {raw_ids}, which {table} has not")
+        _require(same, f"memory {name!r} has dim {dim} and raw_ids {raw_ids}, unlike {table}")
     for k, level in enumerate(levels):
         which = f"of level {k} of {name!r}"
         check_int(f"width {which}", level.width, minimum=1)
@@ -115,7 +115,7 @@ def _check_index(name: str, of: str, keys: int, left: dict[str, Tensor]) -> None
         and int(starts[-1]) == keys
         and not bool((starts[1:] < starts[:-1]).any())
     )
-    _require(in_order, f"{of}.starts of {name!r} are no starts of 2 ** n buckets of {keys} keys")
+    _require(in_order, f"{of}.starts of {name!r} are not the starts of 2 ** n buckets of {keys} keys")
     ascending = low[1:] > low[:-1]
     first = starts[(starts > 0) & (starts < keys)].long()
     ascending[first - 1] = True  # from the last key of a bucket to the first of another

@@ -51,7 +51,7 @@ def check_vectors(table: str, ids: Tensor, vectors: Any) -> Tensor:
         vectors = torch.as_tensor(vectors)
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
-            f"the vectors of {table!r} are no array of numbers ({error}); expected [n, d], one vector of length d "
+            f"the vectors of {table!r} are not an array of numbers ({error}); expected [n, d], one vector of length d "
             "for each id"
         ) from error
     if not vectors.is_floating_point():

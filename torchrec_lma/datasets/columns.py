@@ -62,7 +62,7 @@ def encode_ids(array: pa.Array) -> pa.Array:
         missing = np.isnan(values)
         bad = values[~missing & ~((values == np.trunc(values)) & (np.abs(values) <= 2**53))]
         if bad.size:
-            raise ValueError(f"float {bad[0]} is no id: round or bin it to integers, or use the column as numeric")
+            raise ValueError(f"float {bad[0]} is not an id: round or bin it to integers, or use the column as numeric")
         return pa.array(np.where(missing, 0, values).astype(np.int64), mask=missing)
     if _is_list(arrow_type):
         ids = encode_ids(array.flatten())  # skips the elements of missing lists

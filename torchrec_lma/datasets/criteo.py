@@ -123,6 +123,6 @@ def _hexadecimal(array: pa.Array, column: str, row: int) -> pa.Array:
         valid = re.compile(f"[0-9a-fA-F]{{1,{HEX_DIGITS}}}").fullmatch
         bad, value = next((i, v) for i, v in enumerate(array.to_pylist()) if v is not None and not valid(v))
         raise ValueError(
-            f"{column}, line {row + bad + 1}: {value!r} is no hexadecimal number of at most {HEX_DIGITS} digits"
+            f"{column}, line {row + bad + 1}: {value!r} is not a hexadecimal number of at most {HEX_DIGITS} digits"
         ) from error
     return pa.array(np.frombuffer(data, ">i8").astype(np.int64), mask=array.is_null().to_numpy(zero_copy_only=False))

@@ -93,7 +93,7 @@ def _extract(wheel: Path) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
         with zipfile.ZipFile(wheel) as archive:
             contents = {suffix: archive.read(f"recbole/dataset_example/ml-100k/ml-100k.{suffix}") for suffix in SHA256}
     except (zipfile.BadZipFile, KeyError) as error:
-        raise ValueError(f"{wheel} is no whole wheel of {RECBOLE} ({error}): remove it") from error
+        raise ValueError(f"{wheel} is not a complete wheel of {RECBOLE} ({error}): remove it") from error
     for suffix, content in contents.items():
         found = hashlib.sha256(content).hexdigest()
         if found != SHA256[suffix]:

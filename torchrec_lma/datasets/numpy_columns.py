@@ -31,7 +31,7 @@ class NumpyDataset(RowDataset):
     def _open(self) -> list[Unit]:
         folder = str(self.path)
         if not os.path.isdir(folder):
-            raise FileNotFoundError(f"{folder} is no directory: give one that holds <column>.npy files")
+            raise FileNotFoundError(f"{folder} is not a directory: give one that holds <column>.npy files")
         names = dict.fromkeys((*self.schema.columns, *self.split.columns))
         rows = {name: len(self._column(name)) for name in names}
         if len(set(rows.values())) > 1:

@@ -138,8 +138,8 @@ class RowDataset(ABC):
             shuffle_seed: None keeps the stored order. Else the rows of each window of `shuffle_rows` are permuted, the
                 same way for the same (shuffle_seed, epoch, rank, world_size, batch_size, shuffle_rows).
             drop_last: leave out the rows that do not fill a batch on every rank.
-            first_batch: go on from this batch of the pass, counting from 0, as if those before had been read; of these
-                only the ones that share a shuffled window with it are.
+            first_batch: start at this batch of the pass, counting from 0, as if those before had been read, which only
+                those are that share a shuffled window with it.
 
         Raises:
             ValueError: as `num_batches`; an argument is out of range; while iterating, a label is not 0 or 1, or a

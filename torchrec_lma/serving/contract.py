@@ -94,7 +94,7 @@ class Contract:
         try:
             fields = json.loads(text)
         except ValueError as error:  # UnicodeDecodeError too
-            raise ValueError(f"{METADATA_FILE} is no JSON ({error}): export the model again") from error
+            raise ValueError(f"{METADATA_FILE} is not JSON ({error}): export the model again") from error
         if not isinstance(fields, dict) or fields.get("format_version") != FORMAT_VERSION:
             version = fields.get("format_version") if isinstance(fields, dict) else None
             raise ValueError(f"{METADATA_FILE} has format_version {version!r}, not {FORMAT_VERSION}: export it again")

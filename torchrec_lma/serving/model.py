@@ -43,7 +43,7 @@ class Stamp:
             ValueError: it is not.
         """
         if not stat.S_ISREG(self.mode):
-            raise ValueError(f"{path} is no regular file: give a TorchScript file")
+            raise ValueError(f"{path} is not a regular file: give a TorchScript file")
         return self
 
 

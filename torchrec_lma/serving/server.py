@@ -104,7 +104,7 @@ class PredictionServer:
         """Refuses new requests, waits for those in flight (up to `drain_seconds`), and ends.
 
         Returns:
-            False if a batch is still being computed: its thread goes on, and would keep the process from ending.
+            False if a batch is still being computed: its thread runs on, and would keep the process from ending.
         """
         assert self._server is not None, "start() first"
         log.info("draining", extra={"fields": {"seconds": self.settings.drain_seconds}})
@@ -130,7 +130,7 @@ class PredictionServer:
         return finished
 
     async def reload(self) -> bool:
-        """Exchanges the model for what its file now holds. If that is no good, the old one stays: False."""
+        """Exchanges the model for what its file now holds. If that does not load or run, the old one stays: False."""
         started = time.monotonic()
         try:
             await self.models.load()

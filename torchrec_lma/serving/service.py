@@ -177,7 +177,8 @@ class PredictionService:
             return _Request(inputs, model, len(data))
         except DecodeError as error:
             raise _Refused(
-                grpc.StatusCode.INVALID_ARGUMENT, f"{len(data)} bytes that are no predictor.PredictionRequest ({error})"
+                grpc.StatusCode.INVALID_ARGUMENT,
+                f"{len(data)} bytes are not a predictor.PredictionRequest ({error})",
             ) from error
         except ValueError as error:
             raise _Refused(grpc.StatusCode.INVALID_ARGUMENT, str(error)) from error

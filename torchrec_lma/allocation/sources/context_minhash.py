@@ -43,7 +43,7 @@ class ContextMinHash(RowsSource):
         """Raises ValueError if a field is not among the tables, or if none of them can be the context of `table`."""
         unknown = sorted(set(self.fields) - set(tables))
         if unknown:
-            raise ValueError(f"fields {unknown} of {self.NAME} are no tables; choose from {list(tables)}")
+            raise ValueError(f"fields {unknown} of {self.NAME} are not tables; choose from {list(tables)}")
         if set(self.fields or tables) == {table}:
             raise ValueError(
                 f"the ids of table {table!r} would have no context and share nothing: fields={self.fields} of "
