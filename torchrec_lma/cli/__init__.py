@@ -7,13 +7,13 @@ from importlib import import_module
 from torchrec_lma.cli.errors import first_to_say
 from torchrec_lma.requirements import install_line
 
-# Where each subcommand is: only the one that runs is imported, so that none waits for what another needs.
+# Each is a file here; only the one that runs is imported, so that none waits for what another needs.
 COMMANDS = {
-    "allocate": "torchrec_lma.cli.allocate",
-    "inspect": "torchrec_lma.cli.inspect",
-    "export": "torchrec_lma.cli.export",
-    "serve": "torchrec_lma.cli.serve",
-    "predict": "torchrec_lma.cli.predict",
+    "allocate": "Build an allocation from training data.",
+    "inspect": "Look into an allocation.",
+    "export": "Make a quantized TorchScript model of a checkpoint.",
+    "serve": "Serve a model over gRPC.",
+    "predict": "Score rows with a server.",
 }
 
 
@@ -22,9 +22,10 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(prog="torchrec-lma", description="Tools for LMA-compressed embedding tables.")
     commands = parser.add_subparsers(dest="command", required=True)
-    wanted = [name for name in COMMANDS if name in arguments[:1]]
-    for name in wanted or COMMANDS:
-        getattr(import_module(COMMANDS[name]), f"add_{name}")(commands)
+    for name, description in COMMANDS.items():
+        command = commands.add_parser(name, help=description)
+        if name in arguments[:1]:
+            import_module(f"torchrec_lma.cli.{name}").add_options(command)
     args = parser.parse_args(arguments)
     try:
         args.run(args)

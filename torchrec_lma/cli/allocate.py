@@ -34,13 +34,11 @@ from torchrec_lma.options import (
 READ_ROWS = 8192  # at a time
 
 
-def add_allocate(commands: Any) -> None:
-    parser = commands.add_parser(
-        "allocate",
-        help="Build an allocation from training data.",
-        description="Reads the training split and writes the allocation of its ids: a safetensors file. Under torchrun "
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Reads the training split and writes the allocation of its ids: a safetensors file. Under torchrun "
         "every worker reads its share of the rows and the first one writes; the result does not depend on how many "
-        "there are.",
+        "there are."
     )
     parser.add_argument(
         "--out",

@@ -6,7 +6,7 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from torchrec_lma.allocation import Allocation
 from torchrec_lma.cli.outputs import check_writable
@@ -18,12 +18,10 @@ from torchrec_lma.quant.transforms import DTYPES
 Factory = Callable[[Path, Allocation | None], ServableModel]
 
 
-def add_export(commands: Any) -> None:
-    parser = commands.add_parser(
-        "export",
-        help="Make a quantized TorchScript model of a checkpoint.",
-        description="Quantizes the tables of a trained model and writes it as TorchScript for TorchRec's inference "
-        "contract. The file is checked on real rows in a new process before it gets its name.",
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Quantizes the tables of a trained model and writes it as TorchScript for TorchRec's inference "
+        "contract. The file is checked on real rows in a new process before it gets its name."
     )
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="What is given to the factory.")
     parser.add_argument(

@@ -4,7 +4,6 @@ import argparse
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 from tqdm import tqdm
@@ -17,12 +16,10 @@ from torchrec_lma.inspection.observed import MAX_ROWS
 from torchrec_lma.options import add_data_options, check_id_types, load_vocabulary, open_dataset, positive, table_names
 
 
-def add_inspect(commands: Any) -> None:
-    parser = commands.add_parser(
-        "inspect",
-        help="Look into an allocation.",
-        description="Prints what an allocation does: how many ids own how many columns, and what takes how many bytes. "
-        "With --data also their share of the occurrences, how crowded shared rows are, and whether similar ids share.",
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Prints what an allocation does: how many ids own how many columns, and what takes how many bytes. "
+        "With --data also their share of the occurrences, how crowded shared rows are, and whether similar ids share."
     )
     parser.add_argument("allocation", type=Path, metavar="ALLOCATION", help="A file from `torchrec-lma allocate`.")
     parser.add_argument(

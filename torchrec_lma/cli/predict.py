@@ -5,7 +5,7 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,41 +19,37 @@ if TYPE_CHECKING:  # an extra
     from torchrec_lma.serving.client import PredictionClient
 
 
-def add_predict(commands: Any) -> None:
-    predict = commands.add_parser(
-        "predict",
-        help="Score rows with a server.",
-        description="Sends rows to a prediction server and prints their probabilities, each on a line.",
-    )
-    predict.add_argument(
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Sends rows to a prediction server and prints their probabilities, each on a line."
+    parser.add_argument(
         "--address",
         default="127.0.0.1:50051",
         metavar="HOST:PORT",
         help="Address of the server (default: %(default)s).",
     )
-    predict.add_argument(
+    parser.add_argument(
         "--part",
         choices=("all", "train", "validation", "test"),
         default="all",
         help="The part of the data to score, as --split divides it (default: %(default)s).",
     )
-    predict.add_argument("--limit", type=positive, metavar="N", help="Score the first N rows of it only.")
-    predict.add_argument("--batch-size", type=positive, default=512, help="Rows in a request (default: %(default)s).")
-    predict.add_argument("--out", type=Path, metavar="FILE", help="Write the probabilities there instead.")
-    predict.add_argument("--auc", action="store_true", help="Compare with the labels, and print the AUC on stderr.")
-    predict.add_argument(
+    parser.add_argument("--limit", type=positive, metavar="N", help="Score the first N rows of it only.")
+    parser.add_argument("--batch-size", type=positive, default=512, help="Rows in a request (default: %(default)s).")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="Write the probabilities there instead.")
+    parser.add_argument("--auc", action="store_true", help="Compare with the labels, and print the AUC on stderr.")
+    parser.add_argument(
         "--id-type",
         choices=("int32", "int64"),
         default="int32",
         help="Type of ids in requests. TorchRec's protocol has int32; int64 is for ids that do not fit, such as hashes "
         "of strings. torchrec-lma's server takes both (default: %(default)s).",
     )
-    tls = predict.add_argument_group("TLS")
+    tls = parser.add_argument_group("TLS")
     tls.add_argument("--tls-ca", type=Path, metavar="PEM", help="What signed the server's certificate; turns TLS on.")
     tls.add_argument("--tls-cert", type=Path, metavar="PEM", help="The certificate of this client.")
     tls.add_argument("--tls-key", type=Path, metavar="PEM", help="The key of --tls-cert.")
-    add_data_options(predict)
-    predict.set_defaults(run=run_predict)
+    add_data_options(parser)
+    parser.set_defaults(run=run_predict)
 
 
 def run_predict(args: argparse.Namespace) -> None:

@@ -4,25 +4,22 @@ import argparse
 import asyncio
 import logging
 from pathlib import Path
-from typing import Any
 
 
-def add_serve(commands: Any) -> None:
-    serve = commands.add_parser(
-        "serve",
-        help="Serve a model over gRPC.",
-        description="Serves a TorchScript model with TorchRec's inference contract, such as torchrec-lma export "
-        "writes, by TorchRec's gRPC protocol. SIGTERM drains and ends, SIGHUP loads the file again.",
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Serves a TorchScript model with TorchRec's inference contract, such as torchrec-lma export "
+        "writes, by TorchRec's gRPC protocol. SIGTERM drains and ends, SIGHUP loads the file again."
     )
-    serve.add_argument("model", type=Path, help="TorchScript file. Replace it (by a rename) to exchange the model.")
-    serve.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s).")
-    serve.add_argument(
+    parser.add_argument("model", type=Path, help="TorchScript file. Replace it (by a rename) to exchange the model.")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s).")
+    parser.add_argument(
         "--log-level",
         default="info",
         choices=("debug", "info", "warning", "error"),
         help="What is logged on stderr, as JSON lines (default: %(default)s).",
     )
-    where = serve.add_argument_group("where it listens")
+    where = parser.add_argument_group("where it listens")
     where.add_argument("--host", default="127.0.0.1", help="Address; 0.0.0.0 is all of them (default: %(default)s).")
     where.add_argument(
         "--port", type=int, default=50051, help="Port; 0 takes a free one and logs it (default: %(default)s)."
@@ -33,7 +30,7 @@ def add_serve(commands: Any) -> None:
     where.add_argument(
         "--client-ca", type=Path, metavar="PEM", help="Clients must show a certificate that this authority signed."
     )
-    load = serve.add_argument_group("load (docs/server.md)")
+    load = parser.add_argument_group("load (docs/server.md)")
     load.add_argument(
         "--max-batch",
         type=int,
@@ -69,7 +66,7 @@ def add_serve(commands: Any) -> None:
         metavar="S",
         help="How long requests in flight have at the end (default: %(default)s).",
     )
-    serve.set_defaults(run=run_serve)
+    parser.set_defaults(run=run_serve)
 
 
 def run_serve(args: argparse.Namespace) -> None:
