@@ -1,6 +1,6 @@
 """The next film on MovieLens-100K, by self-attention: full tables, and in a 16th of their bytes two others.
 
-Run it as `python examples/sequence/train.py`; docs/sequences.md has what it prints.
+Run it as `python examples/sequence/train.py`; docs/measurements/sequences.md has what it prints.
 
 The films of a history and those that the model chooses between have vectors of one table. Of each user the last 10
 films are for testing and the 10 before for validation; each is predicted from the films before it, among all films.
@@ -136,7 +136,7 @@ def main() -> None:
         return LMAEmbeddingCollection(tables(films, 64), builder.build())
 
     for name, make, lr in (
-        # Each with the best of a few learning rates: docs/sequences.md.
+        # Each with the best of a few learning rates: docs/measurements/sequences.md.
         ("full, dim 64", lambda: EmbeddingCollection(tables(films, 64)), 0.1),
         ("full, dim 8, FP16", lambda: EmbeddingCollection(tables(films, 8, DataType.FP16)), 0.2),
         ("LMA, dim 64, FP16", lma, 0.2),
