@@ -20,9 +20,14 @@ def on_files(files: Files, config: Any) -> Files:
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """A link to a file beside docs/ becomes the name of the file; one to a file that is not there is an error."""
 
+    folder = (REPOSITORY / "docs" / page.file.src_path).parent
+
     def name_only(link: re.Match[str]) -> str:
         text, target = link.groups()
-        if not (REPOSITORY / "docs" / target).exists():
+        file = (folder / target).resolve()
+        if file.is_relative_to(REPOSITORY / "docs"):
+            return link.group()  # another page
+        if not file.exists():
             raise PluginError(f"{page.file.src_path} links to {target}, which is not in the repository")
         return text
 

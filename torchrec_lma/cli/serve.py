@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import logging
 from pathlib import Path
+from typing import Any
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +31,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     where.add_argument(
         "--client-ca", type=Path, metavar="PEM", help="Clients must show a certificate that this authority signed."
     )
-    load = parser.add_argument_group("load (docs/server.md)")
+    _add_load_options(parser.add_argument_group("load (docs/server.md)"))
+    parser.set_defaults(run=run_serve)
+
+
+def _add_load_options(load: Any) -> None:
     load.add_argument(
         "--max-batch",
         type=int,
@@ -66,7 +71,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="How long requests in flight have at the end (default: %(default)s).",
     )
-    parser.set_defaults(run=run_serve)
 
 
 def run_serve(args: argparse.Namespace) -> None:
