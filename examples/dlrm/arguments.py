@@ -2,7 +2,7 @@
 
 import argparse
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from model import OPTIMIZERS
 from torchrec.distributed.types import ShardingType
@@ -45,7 +45,21 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         "vocabulary beside it. Without it one is built first.",
     )
 
-    model = parser.add_argument_group("model")
+    _add_model_options(parser.add_argument_group("model"))
+    _add_training_options(parser.add_argument_group("training"))
+    _add_restart_options(parser.add_argument_group("restart (docs/restart.md)"))
+    args = parser.parse_args(arguments)
+    for option in ("resume", "checkpoint_every"):
+        if getattr(args, option) and args.checkpoint_dir is None:
+            parser.error(f"--{option.replace('_', '-')} needs --checkpoint-dir")
+    if args.table == "full" and args.raw_ids:
+        parser.error(
+            "--raw-ids is for LMA tables; full tables take the ids of a vocabulary, or with --num-embeddings hashes"
+        )
+    return args
+
+
+def _add_model_options(model: Any) -> None:
     model.add_argument(
         "--dense-layers",
         type=positive,
@@ -63,7 +77,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         help="Layers between the interactions and the logit (default: 128 64).",
     )
 
-    training = parser.add_argument_group("training")
+
+def _add_training_options(training: Any) -> None:
     training.add_argument(
         "--batch-size", type=positive, default=512, help="Rows in a batch, on each rank (default: %(default)s)."
     )
@@ -107,7 +122,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     training.add_argument("--json", type=Path, metavar="FILE", help="Write a record of the run.")
 
-    restart = parser.add_argument_group("restart (docs/restart.md)")
+
+def _add_restart_options(restart: Any) -> None:
     restart.add_argument(
         "--checkpoint-dir",
         type=Path,
@@ -134,12 +150,3 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         help="Continue from the newest whole checkpoint in --checkpoint-dir, which must be there; with auto start "
         "where there is none, for a command that a scheduler runs again. A restart by torchrun continues without it.",
     )
-    args = parser.parse_args(arguments)
-    for option in ("resume", "checkpoint_every"):
-        if getattr(args, option) and args.checkpoint_dir is None:
-            parser.error(f"--{option.replace('_', '-')} needs --checkpoint-dir")
-    if args.table == "full" and args.raw_ids:
-        parser.error(
-            "--raw-ids is for LMA tables; full tables take the ids of a vocabulary, or with --num-embeddings hashes"
-        )
-    return args

@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from model import (
 )
 from start import find_start, keep_sample, open_checkpoints
 from torchrec.datasets.utils import Batch
+from torchrec.distributed.types import ShardingPlan
 from trainer import Diverged, Progress, Terminated, Trainer, format_auc, say
 
 from torchrec_lma.cli.errors import first_to_say
@@ -115,21 +117,13 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     model = make_model(args, collection, len(dataset.schema.numeric), device)
     train_tables_in_backward(collection, args)
     plan = make_plan(model, args, device, read_settings(resume_from) if resume_from is not None else None)
-    settings["plan"] = {
-        name: {"sharding_type": p.sharding_type, "compute_kernel": p.compute_kernel, "ranks": p.ranks}
-        for name, p in plan.plan["model.sparse_arch.embedding_bag_collection"].items()
-    }
-    for name, table in settings["plan"].items():
-        say(f"{name}: {table['sharding_type']}, {table['compute_kernel']}, ranks {table['ranks']}")
+    settings["plan"] = describe(plan)
     dmp, optimizer = shard(model, args, device, plan)
 
     progress = Progress(steps_per_epoch)
     if checkpoints is not None and resume_from is not None:
         saved = Progress(**checkpoints.load(resume_from, dmp, optimizer))
-        progress = saved.with_steps_per_epoch(steps_per_epoch)
-        say(f"resuming {resume_from}: epoch {progress.epoch}, step {progress.step} of {steps_per_epoch}")
-        if progress is not saved:
-            say(f"    the run had {saved.steps_per_epoch} steps in an epoch: some rows of this one come twice or not")
+        progress = continued(saved, resume_from, steps_per_epoch)
 
     def batches(split: str, epoch: int = 0, first_batch: int = 0) -> Iterator[Batch]:
         train = split == "train"
@@ -158,18 +152,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         dist.destroy_process_group()
         raise
 
-    record = {
-        "arguments": settings["arguments"],
-        "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
-        "device": device.type,
-        "world_size": world_size,
-        "plan": settings["plan"],
-        "memory": memory_use(collection, args),
-        "median_step_ms": 1000 * statistics.median(trainer.step_seconds) if trainer.step_seconds else None,
-        "steps": progress.steps,
-        "evaluations": progress.evaluations,
-        "best": progress.best,
-    }
+    record = make_record(settings, trainer, memory_use(collection, args))
     say_best(progress)
     if args.json is not None and rank == 0:
         with replacing(args.json) as temporary:
@@ -177,6 +160,43 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     dist.barrier()
     dist.destroy_process_group()
     return record
+
+
+def describe(plan: ShardingPlan) -> dict[str, dict[str, Any]]:
+    """The plan of the tables as JSON, which is said as well."""
+    described = {
+        name: {"sharding_type": p.sharding_type, "compute_kernel": p.compute_kernel, "ranks": p.ranks}
+        for name, p in plan.plan["model.sparse_arch.embedding_bag_collection"].items()
+    }
+    for name, table in described.items():
+        say(f"{name}: {table['sharding_type']}, {table['compute_kernel']}, ranks {table['ranks']}")
+    return described
+
+
+def continued(saved: Progress, resume_from: Path, steps_per_epoch: int) -> Progress:
+    """Where a run continues that had come as far as `saved`, maybe on another number of ranks."""
+    progress = saved.with_steps_per_epoch(steps_per_epoch)
+    say(f"resuming {resume_from}: epoch {progress.epoch}, step {progress.step} of {steps_per_epoch}")
+    if progress is not saved:
+        say(f"    the run had {saved.steps_per_epoch} steps in an epoch: some rows of this one come twice or not")
+    return progress
+
+
+def make_record(settings: dict[str, Any], trainer: Trainer, memory: dict[str, Any]) -> dict[str, Any]:
+    """What --json writes."""
+    progress = trainer.progress
+    return {
+        "arguments": settings["arguments"],
+        "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
+        "device": trainer.device.type,
+        "world_size": dist.get_world_size(),
+        "plan": settings["plan"],
+        "memory": memory,
+        "median_step_ms": 1000 * statistics.median(trainer.step_seconds) if trainer.step_seconds else None,
+        "steps": progress.steps,
+        "evaluations": progress.evaluations,
+        "best": progress.best,
+    }
 
 
 def say_best(progress: Progress) -> None:
