@@ -445,9 +445,9 @@ def test_two_vectors_for_one_id_are_refused() -> None:
         ([1], [[]], ValueError, r"\[1, 0\]"),
         ([1], [[2]], TypeError, "int64, expected floating-point"),
         ([1.5], [[1.0]], TypeError, "float32; expected integers"),
-        ([2**63], [[1.0]], ValueError, "no int64|beyond int64"),
+        ([2**63], [[1.0]], ValueError, "are not int64|beyond int64"),
         (np.array([2**63 + 9], np.uint64), [[1.0]], ValueError, f"id {2**63 + 9}, beyond int64"),
-        (["a"], [[1.0]], ValueError, "no int64"),
+        (["a"], [[1.0]], ValueError, "are not int64"),
         ([1, 2], [[1.0], [1.0, 2.0]], ValueError, r"vectors of 'item' are not an array of numbers .*expected \[n, d\]"),
         ([1], [["a"]], ValueError, "vectors of 'item' are not an array of numbers"),
         ([1], np.array([["a"]]), ValueError, "vectors of 'item' are not an array of numbers"),
@@ -517,7 +517,7 @@ def test_sources_of_unknown_tables_or_kinds_are_refused() -> None:
         AllocationBuilder(TABLES, CONFIG, {"color": RowsMinHash()})
     with pytest.raises(TypeError, match="'user' is 'rows'"):
         AllocationBuilder(TABLES, CONFIG, {"user": "rows"})  # type: ignore[dict-item]
-    with pytest.raises(ValueError, match=r"fields \['color'\].*no tables.*user"):
+    with pytest.raises(ValueError, match=r"fields \['color'\].*are not tables.*user"):
         AllocationBuilder(TABLES, CONFIG, ContextMinHash(fields=("color",)))
 
 
