@@ -139,7 +139,7 @@ def test_a_checkpoint_becomes_the_model_that_was_trained(clicks: Path, tmp_path:
 
 def test_checkpoints_that_cannot_be_served_are_named(clicks: Path, tmp_path: Path) -> None:
     factory = load_factory(SERVING)
-    with pytest.raises(ValueError, match="holds none"):
+    with pytest.raises(ValueError, match="nor does it hold one"):
         factory(tmp_path, None)
     args = arguments(clicks)
     dataset = open_dataset(args)
