@@ -1,6 +1,5 @@
 """From full tables to LMA tables, back, and from one allocation to another."""
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -10,66 +9,29 @@ from torch import Tensor, nn
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig, data_type_to_dtype
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
-from torchrec_lma.allocation import Allocation
+from torchrec_lma.allocation.artifact import Allocation
 from torchrec_lma.collection import LMACollection, configs_of, tables_of
 from torchrec_lma.features import to_int64
 from torchrec_lma.least_squares import LeastSquares
-from torchrec_lma.modules import LMAEmbeddingBagCollection
-from torchrec_lma.sequences import LMAEmbeddingCollection
 from torchrec_lma.text_table import text_table
 
 _CHUNK_VALUES = 1 << 21  # of one chunk of vectors: 16 MiB as float64
 
 
-def from_embedding_bag_collection(
-    ebc: EmbeddingBagCollection,
-    allocation: Allocation,
-    id_weights: Mapping[str, Tensor] | None = None,
-    ids: Mapping[str, Tensor] | None = None,
-) -> LMAEmbeddingBagCollection:
-    """See LMAEmbeddingBagCollection.from_embedding_bag_collection."""
-    _check_plain("ebc", ebc, EmbeddingBagCollection)
-    tables = [copy.copy(table) for table in ebc.embedding_bag_configs()]
-    lma = LMAEmbeddingBagCollection(tables, allocation, ebc.is_weighted(), _device(ebc))
-    return _compress(ebc, lma, id_weights or {}, ids)
-
-
-def from_embedding_collection(
-    ec: EmbeddingCollection,
-    allocation: Allocation,
-    id_weights: Mapping[str, Tensor] | None = None,
-    ids: Mapping[str, Tensor] | None = None,
-) -> LMAEmbeddingCollection:
-    """See LMAEmbeddingCollection.from_embedding_collection."""
-    _check_plain("ec", ec, EmbeddingCollection)
-    tables = [copy.copy(table) for table in ec.embedding_configs()]
-    lma = LMAEmbeddingCollection(tables, allocation, ec.need_indices(), _device(ec))
-    return _compress(ec, lma, id_weights or {}, ids)
-
-
-def to_embedding_bag_collection(
-    lma: LMAEmbeddingBagCollection, ids: Mapping[str, Tensor] | None = None
-) -> EmbeddingBagCollection:
-    """See LMAEmbeddingBagCollection.to_embedding_bag_collection."""
-    device, tables = _device(lma), [copy.copy(table) for table in lma.tables]
-    return _decompress(lma, EmbeddingBagCollection(tables, lma.is_weighted(), device), ids)
-
-
-def to_embedding_collection(
-    lma: LMAEmbeddingCollection, ids: Mapping[str, Tensor] | None = None
-) -> EmbeddingCollection:
-    """See LMAEmbeddingCollection.to_embedding_collection."""
-    device, tables = _device(lma), [copy.copy(table) for table in lma.tables]
-    return _decompress(lma, EmbeddingCollection(tables, device, lma.need_indices()), ids)
-
-
+LMA = TypeVar("LMA", bound=LMACollection)
 Full = TypeVar("Full", EmbeddingBagCollection, EmbeddingCollection)
-LMA = TypeVar("LMA", LMAEmbeddingBagCollection, LMAEmbeddingCollection)
 
 
 @torch.no_grad()
-def _compress(full: nn.Module, lma: LMA, id_weights: Mapping[str, Tensor], ids: Mapping[str, Tensor] | None) -> LMA:
-    """`lma` with the weights whose embeddings are closest to those of the full tables."""
+def compress(
+    full: EmbeddingBagCollection | EmbeddingCollection,
+    lma: LMA,
+    id_weights: Mapping[str, Tensor] | None = None,
+    ids: Mapping[str, Tensor] | None = None,
+) -> LMA:
+    """`lma` with the weights whose embeddings are closest to those of the full tables: see
+    LMAEmbeddingBagCollection.from_embedding_bag_collection."""
+    id_weights = id_weights or {}
     ids = _ids_of_rows(lma.tables, ids, id_weights, lma.device)
     weights = tables_of(full)
     _fit(lma, ids, lambda table, chunk: weights[table].weight[chunk], id_weights)
@@ -77,7 +39,7 @@ def _compress(full: nn.Module, lma: LMA, id_weights: Mapping[str, Tensor], ids: 
 
 
 @torch.no_grad()
-def _decompress(lma: LMACollection, full: Full, ids: Mapping[str, Tensor] | None) -> Full:
+def decompress(lma: LMACollection, full: Full, ids: Mapping[str, Tensor] | None = None) -> Full:
     """`full` with the embeddings of `lma`."""
     device = lma.device
     ids = _ids_of_rows(lma.tables, ids, {}, device)
@@ -91,7 +53,7 @@ def _decompress(lma: LMACollection, full: Full, ids: Mapping[str, Tensor] | None
     return full
 
 
-def _check_plain(name: str, given: object, wanted: type[nn.Module]) -> None:
+def check_plain(name: str, given: object, wanted: type[nn.Module]) -> None:
     if not isinstance(given, wanted):
         raise TypeError(
             f"{name} is a {type(given).__name__}, expected an unsharded {wanted.__name__} of full tables; load a "
@@ -196,7 +158,7 @@ def reallocate(
             f"module is a {type(module).__name__}, expected an unsharded LMAEmbeddingBagCollection or "
             "LMAEmbeddingCollection; load a sharded model's checkpoint into one first"
         )
-    device, id_weights = _device(module), id_weights or {}
+    device, id_weights = device_of(module), id_weights or {}
     old_tables = module.tables
     _check_ids(ids, [table.name for table in old_tables], id_weights)
     sizes = {table.name: table.num_embeddings for table in allocation.tables}
@@ -217,7 +179,7 @@ def _changes(
     id_weights: Mapping[str, Tensor],
 ) -> tuple[TableChange, ...]:
     """A change for each table, then the total."""
-    device = _device(old)
+    device = device_of(old)
     changes = []
     total = torch.zeros(3, dtype=torch.float64, device=device)
     for table in new.tables:
@@ -257,7 +219,7 @@ def _fit(
         vectors: called with a table and a slice of its ids; returns float [n, dim].
         id_weights: for any of the tables, [N] >= 0; 1 for the others.
     """
-    device = _device(lma)
+    device = device_of(lma)
     sizes = {table.name: table.num_embeddings for table in lma.tables}
     groups: list[tuple[Sequence[str], list[int]]]
     groups = [((name,), [sizes[name]]) for name in lma.allocation.whole]  # each id of a whole table owns a row
@@ -284,7 +246,8 @@ def _chunks(n: int, dim: int) -> Iterator[slice]:
         yield slice(start, min(n, start + step))
 
 
-def _device(module: nn.Module) -> torch.device:
+def device_of(module: nn.Module) -> torch.device:
+    """Raises ValueError where the weights have no values."""
     device = next(module.parameters()).device
     if device.type == "meta":
         raise ValueError(

@@ -1,5 +1,6 @@
 """LMAEmbeddingBagCollection: what an EmbeddingBagCollection does, with tables that share compressed memories."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from torchrec_lma.allocation.artifact import Allocation
 from torchrec_lma.collection import LMACollection, warn_of_missing_sharder
+from torchrec_lma.conversion import check_plain, compress, decompress, device_of
 from torchrec_lma.features import bag_lengths, cast_weights, checked
 from torchrec_lma.regroup import Pieces, regroup
 
@@ -174,9 +176,10 @@ class LMAEmbeddingBagCollection(LMACollection, EmbeddingBagCollectionInterface):
 
             lma = LMAEmbeddingBagCollection.from_embedding_bag_collection(ebc, Allocation.load(path))
         """
-        from torchrec_lma import conversion  # it knows this class
-
-        return conversion.from_embedding_bag_collection(ebc, allocation, id_weights, ids)
+        check_plain("ebc", ebc, EmbeddingBagCollection)
+        tables = [copy.copy(table) for table in ebc.embedding_bag_configs()]
+        lma = LMAEmbeddingBagCollection(tables, allocation, ebc.is_weighted(), device_of(ebc))
+        return compress(ebc, lma, id_weights, ids)
 
     def to_embedding_bag_collection(self, ids: Mapping[str, Tensor] | None = None) -> EmbeddingBagCollection:
         """Full tables with the embeddings of this collection, for any stack that takes a plain one.
@@ -184,12 +187,11 @@ class LMAEmbeddingBagCollection(LMACollection, EmbeddingBagCollectionInterface):
         Args:
             ids: for each table, integer [num_embeddings], the id that each row stands for; without it row r is id r.
         Returns:
-            An EmbeddingBagCollection of the logical tables, in their data types, on the same device, filled block by
-            block.
+            An EmbeddingBagCollection of the logical tables, in their data types, on the same device, filled chunk by
+            chunk.
         Raises:
             ValueError: ids that do not fit the tables; weights on the meta device. TypeError: ids that are not
                 integers.
         """
-        from torchrec_lma import conversion  # it knows this class
-
-        return conversion.to_embedding_bag_collection(self, ids)
+        device, tables = device_of(self), [copy.copy(table) for table in self.tables]
+        return decompress(self, EmbeddingBagCollection(tables, self.is_weighted(), device), ids)

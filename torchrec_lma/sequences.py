@@ -1,5 +1,6 @@
 """LMAEmbeddingCollection: what an EmbeddingCollection does, with tables that share compressed memories."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from torchrec_lma.allocation.artifact import Allocation
 from torchrec_lma.collection import LMACollection, warn_of_missing_sharder
+from torchrec_lma.conversion import check_plain, compress, decompress, device_of
 from torchrec_lma.features import checked, take_features
 from torchrec_lma.regroup import Pieces, for_plain_collections, numbered
 
@@ -161,12 +163,12 @@ class LMAEmbeddingCollection(LMACollection, EmbeddingCollectionInterface):
         Raises:
             TypeError: `ec` is no plain EmbeddingCollection; ids that are not integers. ValueError: as there.
         """
-        from torchrec_lma import conversion  # it knows this class
-
-        return conversion.from_embedding_collection(ec, allocation, id_weights, ids)
+        check_plain("ec", ec, EmbeddingCollection)
+        tables = [copy.copy(table) for table in ec.embedding_configs()]
+        lma = LMAEmbeddingCollection(tables, allocation, ec.need_indices(), device_of(ec))
+        return compress(ec, lma, id_weights, ids)
 
     def to_embedding_collection(self, ids: Mapping[str, Tensor] | None = None) -> EmbeddingCollection:
         """Full tables with the embeddings of this collection: see `to_embedding_bag_collection`."""
-        from torchrec_lma import conversion  # it knows this class
-
-        return conversion.to_embedding_collection(self, ids)
+        device, tables = device_of(self), [copy.copy(table) for table in self.tables]
+        return decompress(self, EmbeddingCollection(tables, device, self.need_indices()), ids)
