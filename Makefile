@@ -1,10 +1,10 @@
 # `make test` and `make demo` need python3.11, git and pip; the rest they install in .venv, once.
 #   make PYTHON=/path/to/python3.11      another interpreter
 #   make DEVICE=cpu | cuda               overrides the look for an NVIDIA GPU
-#   make TORCHREC=1.9 test               another torchrec that is supported, in .venv-torchrec1.9
+#   make TORCHREC=1.8 test               another torchrec that is supported, in .venv-torchrec1.8
 PYTHON ?= python3.11
 DEVICE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
-DEFAULT_TORCHREC := 1.8
+DEFAULT_TORCHREC := 1.9
 TORCHREC ?= $(DEFAULT_TORCHREC)
 
 ifeq ($(filter 1.8 1.9,$(TORCHREC)),)
@@ -35,7 +35,7 @@ help:
 	@echo "make lint        ruff and mypy"
 	@echo "make docs        the documentation as a site, with the API reference, in build/site"
 	@echo "make clean       remove the environments, build products and caches; runs/ stays"
-	@echo "Any of them with TORCHREC=1.9: with that torchrec instead of $(DEFAULT_TORCHREC)"
+	@echo "Any of them with TORCHREC=1.8: with that torchrec instead of $(DEFAULT_TORCHREC)"
 
 venv: $(COMPLETE)
 

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 # Minor versions of torchrec, and of the FBGEMM that each is made for; first the one of the extras cpu and cuda.
-TESTED = ("1.8", "1.9")
+TESTED = ("1.9", "1.8")
 EXTRAS = {
     "google": "serve",
     "grpc": "serve",

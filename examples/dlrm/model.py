@@ -79,7 +79,8 @@ def get_allocation(
     share = dataset.batches("train", batch_size=8192, rank=dist.get_rank(), world_size=dist.get_world_size())
     for batch in share:
         builder.update(prepared(batch, prepare).sparse_features)
-    gloo = dist.new_group(backend="gloo")  # what a builder holds is on the CPU
+    # What a builder holds is on the CPU. Any: to torch 2.14 a rank may be outside of the group; here all are in it.
+    gloo: Any = dist.new_group(backend="gloo")
     reduced = reduce_builders(builder, gloo)
     built: list[Any] = [None]
     if reduced is not None:

@@ -19,7 +19,7 @@ Example::
     sharded, plan = shard_quant_model(model, world_size=2, compute_device="cuda", sharding_device="cuda")
     sharded.load_state_dict(weights, strict=False)
 
-What was found of `shard_quant_model` on the CPU with torchrec 1.8.0, for full tables as for levels:
+What was found of `shard_quant_model` on the CPU with torchrec 1.8 and 1.9, for full tables as for levels:
 
 * It needs `torchrec.distributed.global_settings.set_propogate_device(True)`.
 * Table-wise, row-wise and column-wise give what the unsharded module gives, in INT8 and INT4, weighted or not, eager
