@@ -90,8 +90,9 @@ assert not {"torchrec", "torchrec_lma"} & set(sys.modules), "it needs more than 
 
 
 @pytest.mark.slow
-def test_compiled_packages_run_where_only_fbgemm_is(tmp_path: Path) -> None:
-    model = quantize(MODELS["pooled"]().eval(), torch.int8)
+@pytest.mark.parametrize("name", ["pooled", "sequences"])
+def test_compiled_packages_run_where_only_fbgemm_is(name: str, tmp_path: Path) -> None:
+    model = quantize(MODELS[name]().eval(), torch.int8)
     program = exported(copy.deepcopy(model))
     package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
     batches = [model.arguments(seed) for seed in range(1, 4)]

@@ -254,13 +254,13 @@ class Remap(nn.Module):
         outside: list[Tensor] = []
         first, m = self.n_whole, 0
         if self.n_whole > 0:
-            whole = ids[: ends[first]]
+            whole = ids[0 : ends[first]]  # [0 : n]: of [:n], n from the data, AOTInductor makes invalid C++
             sizes = self.whole_sizes.repeat_interleave(counts[:first], output_size=whole.numel())
             inside = (whole >= 0) & (whole < sizes)
             all_rows.append(torch.where(inside, whole, sizes).to(torch.int32))  # the last row is that of unseen ids
-            all_lengths.append(lengths[: bags[first]].to(torch.int32))
+            all_lengths.append(lengths[0 : bags[first]].to(torch.int32))
             if weights is not None:
-                all_weights.append(weights[: ends[first]])
+                all_weights.append(weights[0 : ends[first]])
             outside.append((~inside).sum())
         for memory in self.memories.values():
             end = first + self.memory_slots[m]
