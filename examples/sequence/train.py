@@ -1,7 +1,6 @@
 """The next film on MovieLens-100K, by self-attention: full tables, and in a 16th of their bytes two others.
 
-Run it as `python examples/sequence/train.py`, 90 s of one core; docs/measurements/sequences.md has figures, and how to get
-them.
+Run it as `python examples/sequence/train.py`, 90 s of one core. Figures are in docs/measurements/sequences.md.
 
 The films of a history and those that the model chooses between have vectors of one table. Of each user the last 10
 films are for testing and the 10 before for validation; each is predicted from the films before it, among all films.
