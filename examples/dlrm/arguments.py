@@ -1,6 +1,7 @@
 """The command line of train.py."""
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,16 +14,20 @@ from torchrec_lma.options import add_data_options, add_lma_options, add_table_op
 EXIT_TERMINATED = 75  # EX_TEMPFAIL of sysexits.h: run it again
 DESCRIPTION = """Train a DLRM with full or LMA-compressed tables through TorchRec.
 
-On one process:       python examples/dlrm/train.py --table lma --compression 16
-On two:               torchrun --nproc-per-node 2 examples/dlrm/train.py ...
-Through a scheduler:  torchx run --scheduler slurm torchx_components/lma.py:train -j 2x8 -- ...
+On one process:           python examples/dlrm/train.py --table lma --compression 16
+On two:                   torchrun --nproc-per-node 2 examples/dlrm/train.py ...
+Through a scheduler:      torchx run --scheduler slurm torchx_components/lma.py:train -j 2x8 -- ...
+As the LMA paper does:    python examples/dlrm/train.py @examples/dlrm/criteo_kaggle.args --data train.txt
 
 Runs on CUDA with NCCL where there is a GPU for each local rank, else on the CPU with gloo.
 """
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong once, however many ranks there are."""
+    """Says what is wrong once, however many ranks there are. Reads arguments from `@FILE`, with comments after `#`."""
+
+    def convert_arg_line_to_args(self, line: str) -> list[str]:
+        return shlex.split(line, comments=True)
 
     def error(self, message: str) -> NoReturn:
         if first_to_say(message):
@@ -31,7 +36,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, fromfile_prefix_chars="@"
+    )
     parser.add_argument(
         "--table", choices=("lma", "full"), default="lma", help="LMA tables or full ones (default: %(default)s)."
     )

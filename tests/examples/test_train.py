@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,7 @@ def test_the_allocate_command_writes_what_the_trainer_builds(clicks: Path, tmp_p
     assert "the allocation was made for other tables" in other.stderr
 
 
-def test_criteo_text_trains_without_a_vocabulary(tmp_path: Path) -> None:
+def criteo_text(path: Path) -> Path:
     random = np.random.default_rng(0)
     lines = []
     for _ in range(2000):
@@ -145,12 +146,38 @@ def test_criteo_text_trains_without_a_vocabulary(tmp_path: Path) -> None:
         integers = [str(random.integers(0, 50)) if random.random() < 0.8 else "" for _ in range(13)]
         hashes = [f"{random.integers(0, 2**32):08x}" if random.random() < 0.9 else "" for _ in range(26)]
         lines.append("\t".join([str(label), *integers, *hashes]))
-    path = tmp_path / "day_0.tsv"
     path.write_text("\n".join(lines) + "\n")
-    out = tmp_path / "run.json"
+    return path
+
+
+def avazu_rows(path: Path) -> Path:
+    columns = "C1 banner_pos site_id site_domain site_category app_id app_domain app_category device_id device_ip "
+    columns += "device_model device_type device_conn_type C14 C15 C16 C17 C18 C19 C20 C21"
+    random = np.random.default_rng(0)
+    rows = {column: [f"{value:08x}" for value in random.integers(0, 99, 2000)] for column in columns.split()}
+    rows |= {"click": random.integers(0, 2, 2000), "hour": 14102100 + np.arange(2000) // 100}
+    pd.DataFrame(rows).to_parquet(path)
+    return path
+
+
+def test_criteo_text_trains_without_a_vocabulary(tmp_path: Path) -> None:
+    path, out = criteo_text(tmp_path / "day_0.tsv"), tmp_path / "run.json"
     criteo = ["--data", path, "--format", "criteo", "--num-embeddings", "1000", "--dim", "8", "--compression", "2"]
     record = record_of(train("--table", "lma", *criteo, "--split", "hash", "--json", out), out)
     assert record["memory"]["full"] == 26 * 1000 * 8 * 4
+
+
+@pytest.mark.parametrize("name, make", [("criteo_kaggle", criteo_text), ("avazu", avazu_rows)])
+def test_arguments_come_from_files(tmp_path: Path, name: str, make: Callable[[Path], Path]) -> None:
+    """The LMA paper's settings; later arguments win."""
+    out = tmp_path / "run.json"
+    later = ["--compression", "32", "--epochs", "1", "--max-steps", "2", "--json", out]
+    run = train(f"@{DLRM / name}.args", "--data", make(tmp_path / "data"), *later)
+    expected = {
+        **{"dim": 128, "dense_layers": [512, 256], "over_layers": [1024, 1024, 512, 256]},
+        **{"optimizer": "sgd", "lr": 0.1, "compression": 32, "epochs": 1},
+    }
+    assert record_of(run, out)["arguments"].items() >= expected.items()
 
 
 def test_wrong_input_is_said_in_one_line(clicks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
