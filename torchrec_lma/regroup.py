@@ -174,7 +174,7 @@ def regroup(
                 zero = parts[0].new_zeros([1, 1, 1])
                 column = zero.expand(parts[0].size(0), slots[group], width)
             else:
-                column = parts[table][:, :, :width]
+                column = parts[table] if pack == 1 else parts[table][:, :, :width]
                 for place in range(1, pack):  # an id is at one place; at the others its bag is empty
                     column = column + parts[table + place][:, :, place * width : (place + 1) * width]
                 table += pack
