@@ -154,7 +154,7 @@ def avazu_rows(path: Path) -> Path:
     columns = "C1 banner_pos site_id site_domain site_category app_id app_domain app_category device_id device_ip "
     columns += "device_model device_type device_conn_type C14 C15 C16 C17 C18 C19 C20 C21"
     random = np.random.default_rng(0)
-    rows = {column: [f"{value:08x}" for value in random.integers(0, 99, 2000)] for column in columns.split()}
+    rows: dict[str, Any] = {column: [f"{v:08x}" for v in random.integers(0, 99, 2000)] for column in columns.split()}
     rows |= {"click": random.integers(0, 2, 2000), "hour": 14102100 + np.arange(2000) // 100}
     pd.DataFrame(rows).to_parquet(path)
     return path
