@@ -197,8 +197,9 @@ def summarise(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (row["data"], row["model"], row["dim"], row["compression"], -row["test_auc"]))
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
+def plot(rows: list[dict[str, Any]], model: str, dim: int, path: Path) -> None:
     """AUC and log-loss against bytes, a column of plots for each data set, a line for each method."""
+    rows = [row for row in rows if (row["model"], row["dim"]) == (model, dim)]
     import matplotlib
 
     matplotlib.use("Agg")
@@ -266,7 +267,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--batch-size", type=int, help="Default: 256 below 200,000 rows, else 1024.")
     parser.add_argument("--report", action="store_true", help="Runs nothing.")
-    parser.add_argument("--plot", type=Path, help="Where to write a picture of the results.")
+    parser.add_argument("--plot", type=Path, help="Where to write a picture of the results of --model and --dim.")
     parser.add_argument("--json", action="store_true")
     return parser.parse_args()
 
@@ -303,7 +304,7 @@ def main() -> None:
         dist.destroy_process_group()
     rows = summarise(results.records)
     if args.plot:
-        plot(rows, args.plot)
+        plot(rows, args.model, args.dim, args.plot)
     print(json.dumps(rows) if args.json else as_table(rows))
 
 
