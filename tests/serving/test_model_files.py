@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given
+from hypothesis import HealthCheck, example, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
@@ -59,6 +59,7 @@ def in_directory(archive: bytes, offset: int, value: bytes) -> bytes:
 
 
 @examples(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example(part=0.046875, length=1, value=b"\1\0\0\0", in_the_end=True)  # entries before the file's start
 @given(
     part=st.floats(0, 1), length=st.integers(1, 4), value=st.binary(min_size=4, max_size=4), in_the_end=st.booleans()
 )

@@ -1,5 +1,6 @@
 """The model that is served: loaded from a TorchScript file, checked and warmed up."""
 
+import errno
 import os
 import stat
 import zipfile
@@ -82,7 +83,9 @@ class Model:
             if damaged is not None:
                 raise ValueError(f"{damaged} in it does not match its checksum")
             self._module = torch.jit.load(str(source), map_location=device, _extra_files=extra).eval()
-        except (RuntimeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except (RuntimeError, ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
+            if isinstance(error, OSError) and error.errno != errno.EINVAL:  # that is a place before the file's start
+                raise
             what = _first_line(error) or type(error).__name__
             raise ValueError(f"{path} is truncated, damaged or no TorchScript model ({what})") from error
         if Stamp.of(source) != self.stamp:
