@@ -1,7 +1,6 @@
 """A small model of unpooled embeddings for sharded tests, its plain-torch reference, and how to train both."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -32,6 +31,7 @@ from support.sharded_model import (
     OPTIMIZERS,
     TABLES,
     Sums,
+    Trained,
     batch,
     column_shards,
     features,
@@ -224,17 +224,6 @@ def build(
     dmp = DistributedModelParallel(model, device=CPU, plan=plan, sharders=[sharder])
     dmp.load_state_dict(initial_state(allocation), strict=False)
     return dmp, optimizer_of(dmp, optimizer), plan
-
-
-@dataclass
-class Trained:
-    """What one rank has after training: whole weights (on rank 0), its shards of the optimizer's sums by table, ..."""
-
-    weights: dict[str, Tensor]
-    sums: Sums
-    pipelined: list[str]
-    types: dict[str, str]
-    column_shards: dict[str, int]
 
 
 def train_sharded(
