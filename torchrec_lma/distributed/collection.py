@@ -105,7 +105,7 @@ def without_bounds_checks(
 ) -> dict[str, ParameterSharding]:
     """The plan, without FBGEMM's check of every row unless it or the fused params ask for one.
 
-    The rows are the remap's, which are in bounds whatever the ids are; on a GPU the check is a seventh of the forward.
+    The rows are the remap's, which are in bounds whatever the ids are; on a GPU the check is a sixth of the forward.
     """
     if "bounds_check_mode" in (fused_params or {}):
         return plan
