@@ -5,6 +5,7 @@ so an id has the same rows under every plan. Everything scripts, and traces unde
 """
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any, Final
 
 import torch
@@ -21,6 +22,8 @@ from torchrec_lma.allocation.layout import MAX_ROWS
 from torchrec_lma.features import Slot, bag_ends, ids_per_feature, take_features
 from torchrec_lma.hashing import level_multiplier, mix64, salt, table_salt, to_row
 from torchrec_lma.owners import owners_of_levels
+
+HAS_TRITON = find_spec("triton") is not None
 
 # torch.fx leaves alone what is wrapped in the module that calls it.
 torch.fx.wrap("bag_ends")
@@ -242,6 +245,15 @@ class Remap(nn.Module):
             The batch of rows, int32, with lengths int32; `keys` in order.
         """
         batch = take_features(features, self.features)
+        if not torch.jit.is_scripting() and _has_kernel(features):
+            from torchrec_lma.remap_kernel import remap_batch
+
+            rows, row_lengths, row_weights, of_each_key, n_outside = remap_batch(self, batch)
+            self._count_outside(n_outside)
+            kept_weights = [] if row_weights is None else [row_weights]
+            return _rows_batch(
+                features, self.keys, self.features_of_keys, [rows], [row_lengths], kept_weights, of_each_key
+            )
         ids, lengths = batch.values().to(torch.int64), batch.lengths()
         offsets = complete_cumsum(lengths)
         bags, ends, counts = bag_ends(batch), batch.offset_per_key(), ids_per_feature(batch)
@@ -279,14 +291,17 @@ class Remap(nn.Module):
                 all_weights.append(row_weights)
             outside.append(beyond)
             first, m = end, m + 1
-        n_outside = outside[0] if len(outside) == 1 else torch.stack(outside).sum()
+        self._count_outside(outside[0] if len(outside) == 1 else torch.stack(outside).sum())
+        return _rows_batch(features, self.keys, self.features_of_keys, all_rows, all_lengths, all_weights, None)
+
+    def _count_outside(self, n_outside: Tensor) -> None:
+        """Raises ValueError where some ids are outside of their vocabulary and that is an error."""
         self.out_of_vocabulary.add_(n_outside)
         if self.strict and bool(n_outside > 0):
             raise ValueError(
                 f"{int(n_outside)} ids of the batch are outside of their table's [0, num_embeddings); correct the "
                 "vocabulary, name the table in LMAConfig.raw_ids, or leave strict off, which treats them as unseen"
             )
-        return _rows_batch(features, self.keys, self.features_of_keys, all_rows, all_lengths, all_weights)
 
     def check_state_dict(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Raises ValueError, before anything is loaded, if the state was written under another allocation."""
@@ -315,6 +330,13 @@ class Remap(nn.Module):
                 "weights would be read at the wrong rows. Build the model with the checkpoint's own allocation: "
                 "Allocation.from_checkpoint(path)"
             )
+
+
+def _has_kernel(features: KeyedJaggedTensor) -> bool:
+    """Whether Triton's kernels take the batch: not where the operators are traced or compiled."""
+    if isinstance(features, torch.fx.Proxy) or torch.compiler.is_compiling():
+        return False
+    return features.values().is_cuda and features.values().numel() > 0 and HAS_TRITON
 
 
 def whole_key(slot: Slot) -> str:
@@ -363,8 +385,12 @@ def _rows_batch(
     rows: list[Tensor],
     lengths: list[Tensor],
     weights: list[Tensor],
+    of_each_key: list[int] | None,
 ) -> KeyedJaggedTensor:
-    """The batch of rows, with the batch size of `features`, or with VBE those of its features."""
+    """The batch of rows, with the batch size of `features`, or with VBE those of its features.
+
+    Where it is known how many rows each key has, TorchRec need not wait for the device to learn it.
+    """
     all_rows, all_lengths = _cat(rows), _cat(lengths)
     all_weights: Tensor | None = None
     if len(weights) > 0:
@@ -383,7 +409,12 @@ def _rows_batch(
             inverse_indices=(keys, indices.index_select(0, of_keys)),
         )
     return KeyedJaggedTensor(
-        keys=keys, values=all_rows, lengths=all_lengths, weights=all_weights, stride=features.stride()
+        keys=keys,
+        values=all_rows,
+        lengths=all_lengths,
+        weights=all_weights,
+        stride=features.stride(),
+        length_per_key=of_each_key,
     )
 
 
