@@ -101,12 +101,10 @@ def check_equal(of_kernels: list[Any], of_operators: list[Any]) -> None:
 @pytest.fixture(scope="module")
 def interpreted() -> Iterator[Callable[[str, str], list[Any]]]:
     """`found` of the kernels. Triton looks at its variable when it is imported: a process of their own."""
-    os.environ["TRITON_INTERPRET"] = "1"
-    try:
-        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-            yield lambda case, kind: pool.submit(found, case, kind, True).result()
-    finally:
-        del os.environ["TRITON_INTERPRET"]
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        with patch.dict(os.environ, TRITON_INTERPRET="1"):
+            pool.submit(int).result()  # starts it
+        yield lambda case, kind: pool.submit(found, case, kind, True).result()
 
 
 @pytest.mark.parametrize("kind", BATCHES)

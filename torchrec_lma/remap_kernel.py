@@ -68,6 +68,16 @@ def _find_in_index(keys, low, starts, inside, BITS: tl.constexpr, STEPS: tl.cons
     return tl.where(found, first, -1)
 
 
+@triton.jit
+def _store(out, row, mask, n, PACK: tl.constexpr):
+    """The table rows of rows, place by place. Where those of the next level go."""
+    for place in tl.static_range(PACK):
+        is_here = (row >= 0) & (row % PACK == place)
+        tl.store(out, tl.where(is_here, row // PACK, -1), mask=mask)
+        out += n
+    return out
+
+
 @triton.jit(do_not_specialize=["n", "first_slot"])
 def _rows_kernel(
     ids,  # [N], of all slots
@@ -164,11 +174,7 @@ def _rows_kernel(
                 key = key * MULTIPLIERS[k]
                 key = (key ^ (key >> 32)) & 0x7FFFFFFFFFFFFFFF
                 row = tl.where(own < 0, (key % SHARED_ROWS[k] + OWN_ROWS[k]).to(tl.int32), own)
-            row = tl.where(is_id, row, -1)
-            for place in tl.static_range(PACKS[k]):
-                is_here = (row >= 0) & (row % PACKS[k] == place)
-                tl.store(out, tl.where(is_here, row // PACKS[k], -1), mask=at < n)
-                out += n
+            out = _store(out, tl.where(is_id, row, -1), at < n, n, PACKS[k])
 
 
 @triton.jit(do_not_specialize=["n", "total", "n_lengths"])
