@@ -1,7 +1,8 @@
 """Remap: from raw ids to rows of level tables, before TorchRec sees the batch.
 
 The only computation that an LMA table adds. Pure integer arithmetic on the local batch; nothing here knows of sharding,
-so an id has the same rows under every plan. Everything scripts, and traces under torch.fx and torch.export.
+so an id has the same rows under every plan. Everything scripts, and traces under torch.fx and torch.export; on a GPU,
+where it does neither, Triton kernels take its place.
 """
 
 from collections.abc import Sequence
@@ -15,13 +16,9 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 # Registers torch.ops.fbgemm.*
 import fbgemm_gpu  # noqa: F401  isort: skip
 
-from torchrec_lma.allocation.artifact import Allocation, MemoryAllocation
-from torchrec_lma.allocation.bitmap import RankBitmap
-from torchrec_lma.allocation.index import IdIndex
-from torchrec_lma.allocation.layout import MAX_ROWS
+from torchrec_lma.allocation.artifact import Allocation
 from torchrec_lma.features import Slot, bag_ends, ids_per_feature, take_features
-from torchrec_lma.hashing import level_multiplier, mix64, salt, table_salt, to_row
-from torchrec_lma.owners import owners_of_levels
+from torchrec_lma.memory_remap import MemoryRemap, cat
 
 HAS_TRITON = find_spec("triton") is not None
 
@@ -29,149 +26,6 @@ HAS_TRITON = find_spec("triton") is not None
 torch.fx.wrap("bag_ends")
 torch.fx.wrap("ids_per_feature")
 torch.fx.wrap("take_features")
-
-
-class MemoryRemap(nn.Module):
-    """Rows of the levels of one memory.
-
-    On each level an id has its own row, or a shared one, or none. Own rows: on level 0 the rank of the id among those
-    that own one (of a bitmap or ranges of the vocabularies, or an index of raw ids), on level k the rank of its row of
-    level k - 1 among those that own one, so an own row costs a bit or two an id and level (nothing where vocabularies
-    are sorted by frequency), and each level looks at fewer ids than the one before. Shared rows, where the level has
-    some, are a hash of the id, or of its signature value k mod K, so that ids which agree on it share the row (arXiv
-    2103.06124, section 4.2). If they are no more than the tables, as where every id that was seen owns a row, each is
-    for the other ids of a table.
-
-    Args:
-        memory: its allocation.
-        slots: the features of the memory's tables.
-        num_embeddings: of each table, by name.
-        seed: of the hashes.
-    """
-
-    # Final, so that TorchScript drops the branches that a memory does not use.
-    raw_ids: Final[bool]
-    has_signatures: Final[bool]
-    first: Tensor
-    sizes: Tensor
-    salts: Tensor
-    rows_of_slots: Tensor
-    signatures: Tensor
-
-    def __init__(
-        self, memory: MemoryAllocation, slots: Sequence[Slot], num_embeddings: dict[str, int], seed: int
-    ) -> None:
-        super().__init__()
-        self.raw_ids = memory.raw_ids
-        self.own_rows = [level.own_rows for level in memory.levels]
-        self.shared_rows = [level.shared_rows for level in memory.levels]
-        self.packs = [level.pack for level in memory.levels]
-        self.multipliers = [level_multiplier(seed, k) for k in range(len(memory.levels))]
-        self.signature_salt = salt("signature", seed)
-
-        tensors = memory.tensors
-        sizes = [num_embeddings[table] for table in memory.tables]
-        positions = sum(sizes)
-        self.positions_fit_int32 = positions <= MAX_ROWS
-        self.owners = nn.ModuleList(owners_of_levels(memory, slots, positions))
-        self.has_signatures = "signatures" in tensors
-        if self.has_signatures:
-            self.register_buffer("signatures", tensors["signatures"])  # int32 [S, K]
-            if memory.raw_ids:
-                self.signed: IdIndex | RankBitmap = IdIndex(tensors["signed.low"], tensors["signed.starts"])
-            else:
-                self.signed = RankBitmap(tensors["signed.words"])
-
-        few = 0 if self.has_signatures else len(memory.tables)
-        self.shared_by_table = [0 < rows <= few for rows in self.shared_rows]
-        numbers = torch.tensor([memory.tables.index(slot.table) for slot in slots])
-        rows_of_slots = [level.own_rows + numbers % max(1, level.shared_rows) for level in memory.levels]
-        self.register_buffer("rows_of_slots", torch.stack(rows_of_slots).to(torch.int32), persistent=False)
-        starts = dict(zip(memory.tables, torch.tensor([0, *sizes]).cumsum(0).tolist()))
-        for name, values in (
-            ("first", [starts[slot.table] for slot in slots]),  # position of id 0 of the slot's table
-            ("sizes", [num_embeddings[slot.table] for slot in slots]),
-            ("salts", [table_salt(seed, slot.table) for slot in slots]),
-        ):
-            self.register_buffer(name, torch.tensor(values, dtype=torch.int64), persistent=False)
-
-    def forward(
-        self, ids: Tensor, slot: Tensor, offsets: Tensor, weights: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        """
-        Args:
-            ids: int64 [L], the bags of slot 0, then of slot 1, ...
-            slot: int32 [L], the slot of each id.
-            offsets: int64 [bags + 1], where the bags begin.
-            weights: float [L] per-sample weights, or None.
-        Returns:
-            rows int32 [M], lengths int32 [tables * bags] and weights [M] of the ids that have a row, table by table: of
-            each level that has rows, of each place in a table row of a packed level.
-            int64 [], how many ids are outside of their vocabulary.
-        """
-        of_tables, outside = self.rows(ids, slot)
-        rows = _cat(of_tables)
-        present = rows >= 0
-        kept = places(present)
-        n, n_tables = ids.size(0), len(of_tables)
-        starts = torch.arange(n_tables, device=ids.device).unsqueeze(1) * n
-        before = count_before(present).index_select(0, (offsets + starts).flatten()).view(n_tables, -1)
-        if weights is not None:
-            weights = weights.index_select(0, kept if n_tables == 1 else kept % n)
-        return rows.index_select(0, kept), (before[:, 1:] - before[:, :-1]).flatten(), weights, outside
-
-    def rows(self, ids: Tensor, slot: Tensor) -> tuple[list[Tensor], Tensor]:
-        """
-        Args:
-            ids: int64 [L].
-            slot: int32 [L], the slot of each.
-        Returns:
-            Of each level that has rows, of each place in a table row of a packed level: int32 [L], table rows, or
-            negative where an id has none there.
-            int64 [], how many ids are outside of their vocabulary.
-        """
-        if self.raw_ids:
-            position = mix64(ids ^ self.salts.index_select(0, slot))
-            outside = torch.zeros([], dtype=torch.int64, device=ids.device)
-        else:
-            inside = (ids >= 0) & (ids < self.sizes.index_select(0, slot))
-            position = torch.where(inside, ids + self.first.index_select(0, slot), -1)
-            if self.positions_fit_int32:  # half the bytes, twice the speed
-                position = position.to(torch.int32)
-            outside = (~inside).sum()
-        of_tables: list[Tensor] = []
-        own = position
-        for k, owners in enumerate(self.owners):
-            own = owners(own, slot)
-            if self.own_rows[k] + self.shared_rows[k] > 0:
-                rows = own
-                if self.shared_by_table[k]:
-                    rows = with_rows_of_slots(own, slot, self.rows_of_slots[k])
-                elif self.shared_rows[k] > 0:
-                    missing = places(own < 0)
-                    rows = own.index_copy(0, missing, self._shared(k, ids, slot, position, missing))
-                pack = self.packs[k]
-                if pack == 1:
-                    of_tables.append(rows)
-                else:
-                    place, rows = rows % pack, rows.div(pack, rounding_mode="floor")
-                    for at in range(pack):
-                        of_tables.append(torch.where(place == at, rows, -1))
-        return of_tables, outside
-
-    def _shared(self, k: int, ids: Tensor, slot: Tensor, position: Tensor, missing: Tensor) -> Tensor:
-        """int32 [M], the shared rows on level k of those of the ids that are at these places, int64 [M]."""
-        place = position.index_select(0, missing)
-        if self.raw_ids:
-            keys = place
-        else:
-            keys = mix64(ids.index_select(0, missing) ^ self.salts.index_select(0, slot.index_select(0, missing)))
-        if self.has_signatures:
-            found = self.signed.find(place)
-            values = self.signatures[:, k % self.signatures.size(1)].index_select(0, found.clamp(min=0))
-            by_value = mix64(values.to(torch.int64) ^ self.signature_salt)
-            keys = torch.where(found >= 0, by_value, keys)
-        return (to_row(keys, self.multipliers[k], self.shared_rows[k]) + self.own_rows[k]).to(torch.int32)
 
 
 class Remap(nn.Module):
@@ -246,7 +100,7 @@ class Remap(nn.Module):
         """
         batch = take_features(features, self.features)
         if not torch.jit.is_scripting() and _has_kernel(features):
-            from torchrec_lma.remap_kernel import remap_batch
+            from torchrec_lma.gpu_remap import remap_batch
 
             rows, row_lengths, row_weights, of_each_key, n_outside = remap_batch(self, batch)
             self._count_outside(n_outside)
@@ -355,29 +209,6 @@ def complete_cumsum(values: Tensor) -> Tensor:
 
 
 @torch.fx.wrap
-def places(chosen: Tensor) -> Tensor:
-    """int64 [m], where bool [n] is true."""
-    if not torch.jit.is_scripting() and not torch.compiler.is_compiling():
-        if chosen.device.type == "cpu":  # torch's takes up to ten times as long where neither value is rare
-            return torch.from_numpy(chosen.numpy().nonzero()[0])
-    return chosen.nonzero().squeeze(1)
-
-
-@torch.fx.wrap
-def with_rows_of_slots(own: Tensor, slot: Tensor, rows: Tensor) -> Tensor:
-    """int32 [L], the own rows, and where there is none that of the slot, int32 [slots]."""
-    if own.is_cpu and (torch.jit.is_scripting() or not torch.compiler.is_compiling()):  # few are missing
-        missing = places(own < 0)
-        return own.index_copy(0, missing, rows.index_select(0, slot.index_select(0, missing)))
-    return torch.where(own < 0, rows.index_select(0, slot), own)  # without waiting for the device
-
-
-def count_before(chosen: Tensor) -> Tensor:
-    """int32 [n + 1], how many are chosen before each place, and in all; from bool [n]."""
-    return torch.ops.fbgemm.asynchronous_complete_cumsum(chosen.to(torch.int32))
-
-
-@torch.fx.wrap
 def _rows_batch(
     features: KeyedJaggedTensor,
     keys: list[str],
@@ -391,10 +222,10 @@ def _rows_batch(
 
     Where it is known how many rows each key has, TorchRec need not wait for the device to learn it.
     """
-    all_rows, all_lengths = _cat(rows), _cat(lengths)
+    all_rows, all_lengths = cat(rows), cat(lengths)
     all_weights: Tensor | None = None
     if len(weights) > 0:
-        all_weights = _cat(weights)
+        all_weights = cat(weights)
     if not torch.jit.is_scripting() and features.variable_stride_per_key():
         at = [features.keys().index(feature) for feature in features_of_keys]
         strides = features.stride_per_key_per_rank()
@@ -416,10 +247,6 @@ def _rows_batch(
         stride=features.stride(),
         length_per_key=of_each_key,
     )
-
-
-def _cat(parts: list[Tensor]) -> Tensor:  # a single part is not copied
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _bytes_tensor(data: bytes) -> Tensor:

@@ -1,6 +1,7 @@
 """The remap's Triton kernels give the batches that torch's operators give: in Triton's interpreter on the CPU, and on a
 GPU where there is one."""
 
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -98,6 +99,44 @@ def check_equal(of_kernels: list[Any], of_operators: list[Any]) -> None:
             assert one == other
 
 
+class H100:
+    """Stands in for the driver of a GPU that is not there, so that Triton can compile for it."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+
+def compiled(case: str, kind: str) -> list[str]:
+    """The names of the kernels of a batch, which are compiled instead of launched."""
+    import triton
+
+    launch, names = triton.runtime.jit.JITFunction.run, []
+
+    def compile_only(kernel: Any, *args: Any, **kwargs: Any) -> None:
+        launch(kernel, *args, **kwargs | {"warmup": True})
+        names.append(kernel.fn.__name__)
+
+    triton.runtime.driver.set_active(H100())
+    with patch.object(triton.runtime.jit.JITFunction, "run", compile_only):
+        remap_batch = importlib.import_module("torchrec_lma.gpu_remap").remap_batch
+        remap_batch(remap(case, kind == "weighted"), batch(99, 300, kind))
+    return names
+
+
+@pytest.fixture(scope="module")
+def compiler() -> Iterator[ProcessPoolExecutor]:
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        yield pool
+
+
 @pytest.fixture(scope="module")
 def interpreted() -> Iterator[Callable[[str, str], list[Any]]]:
     """`found` of the kernels. Triton looks at its variable when it is imported: a process of their own."""
@@ -111,6 +150,14 @@ def interpreted() -> Iterator[Callable[[str, str], list[Any]]]:
 @pytest.mark.parametrize("case", CASES)
 def test_kernels_and_operators_agree(interpreted: Callable[[str, str], list[Any]], case: str, kind: str) -> None:
     check_equal(interpreted(case, kind), found(case, kind, False))
+
+
+@pytest.mark.parametrize("kind", ["plain", "weighted"])
+@pytest.mark.parametrize("case", CASES)
+def test_kernels_compile_for_a_gpu(compiler: ProcessPoolExecutor, case: str, kind: str) -> None:
+    module = remap(case, False)
+    groups = len(module.memories) + (module.n_whole > 0)
+    assert compiler.submit(compiled, case, kind).result() == ["rows_kernel"] * groups + ["kept_kernel"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
