@@ -84,10 +84,15 @@ def found(case: str, kind: str, with_kernel: bool, device: str = "cpu") -> list[
     """What the remap gives."""
     module = remap(case, kind == "weighted").to(device)
     features = batch(99, 300, kind, CASES[case].get("by_frequency", False)).to(torch.device(device))
+    if kind == "weighted":
+        features.weights().requires_grad_()
     with patch.object(torchrec_lma.remap, "_has_kernel", lambda features: with_kernel):
         rows = module(features)
-    parts = [rows.values(), rows.lengths(), rows.weights_or_none(), module.out_of_vocabulary]
-    parts = [part if part is None else part.cpu() for part in parts]
+    parts = [rows.values(), rows.lengths(), module.out_of_vocabulary]
+    if kind == "weighted":
+        (rows.weights() * torch.arange(rows.weights().numel(), device=device)).sum().backward()
+        parts += [rows.weights().detach(), features.weights().grad]
+    parts = [part.cpu() for part in parts]
     return [rows.keys(), rows.length_per_key(), rows.stride_per_key_per_rank(), *parts]
 
 

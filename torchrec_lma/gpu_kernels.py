@@ -201,10 +201,9 @@ def kept_kernel(
     rows,  # int32 [total]: [tables, N]
     until,  # int32 [total], how many rows there are up to each and with it
     offsets,  # [bags + 1]
-    weights,  # [N] or None
     kept,  # out: int32 [total], of which the first until[-1] are written
+    kept_ids,  # out, as kept: where the id of each is among the N; or None
     lengths,  # out: int32 [n_lengths]: [tables, bags]
-    kept_weights,  # out, as kept
     n,  # N
     total,
     n_bags,
@@ -216,8 +215,8 @@ def kept_kernel(
     is_kept = row >= 0
     to = tl.load(until + at, mask=is_kept, other=1) - 1
     tl.store(kept + to, row, mask=is_kept)
-    if weights is not None:
-        tl.store(kept_weights + to, tl.load(weights + at % n, mask=is_kept), mask=is_kept)
+    if kept_ids is not None:
+        tl.store(kept_ids + to, (at % n).to(tl.int32), mask=is_kept)
 
     is_length = at < n_lengths
     bag = at % n_bags

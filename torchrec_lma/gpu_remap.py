@@ -1,8 +1,8 @@
 """The remap on a GPU: two launches of Triton kernels and a sum, for some eighty launches of torch's operators.
 
-At the batch sizes that models are trained with, a host launches those for longer than the device looks up rows. On a CPU,
-in TorchScript, torch.export and torch.compile torch's operators run. Nothing waits for the device before the end, where
-TorchRec needs the number of rows of each key.
+At the batch sizes that models are trained with, a host launches those for longer than the device looks up rows. On a
+CPU, in TorchScript, torch.export and torch.compile torch's operators run. Nothing waits for the device before the end,
+where TorchRec needs the number of rows of each key.
 """
 
 from dataclasses import dataclass
@@ -161,16 +161,15 @@ def remap_batch(
         table, slot = end, slot + group.n_slots
     until = (rows.view(-1) >= 0).cumsum(0, dtype=torch.int32)
     kept, lengths = torch.empty_like(until), until.new_empty([table, n_bags])
-    weights = batch.weights_or_none() if remap.is_weighted else None
-    kept_weights = None if weights is None else weights.new_empty(rows.numel())
+    weights = batch.weights() if remap.is_weighted else None
+    kept_ids = None if weights is None else torch.empty_like(until)
     kept_kernel[(triton.cdiv(max(rows.numel(), lengths.numel()), _BLOCK),)](
         rows,
         until,
         offsets,
-        weights,
         kept,
+        kept_ids,
         lengths,
-        kept_weights,
         n,
         rows.numel(),
         n_bags,
@@ -185,4 +184,6 @@ def remap_batch(
     else:
         of_each_key = of_bags.view(-1, batch.stride()).sum(1).tolist()
         m = sum(of_each_key)
-    return kept[:m], of_bags, None if kept_weights is None else kept_weights[:m], of_each_key, outside
+    if weights is not None and kept_ids is not None:  # they may be trained: an operator that autograd knows
+        weights = weights.index_select(0, kept_ids[:m])
+    return kept[:m], of_bags, weights, of_each_key, outside
