@@ -99,15 +99,9 @@ class Remap(nn.Module):
             The batch of rows, int32, with lengths int32; `keys` in order.
         """
         batch = take_features(features, self.features)
-        if not torch.jit.is_scripting() and _has_kernel(features):
-            from torchrec_lma.gpu_remap import remap_batch
-
-            rows, row_lengths, row_weights, of_each_key, n_outside = remap_batch(self, batch)
-            self._count_outside(n_outside)
-            kept_weights = [] if row_weights is None else [row_weights]
-            return _rows_batch(
-                features, self.keys, self.features_of_keys, [rows], [row_lengths], kept_weights, of_each_key
-            )
+        if not torch.jit.is_scripting():
+            if _has_kernel(features):
+                return self._by_kernels(features, batch)
         ids, lengths = batch.values().to(torch.int64), batch.lengths()
         offsets = complete_cumsum(lengths)
         bags, ends, counts = bag_ends(batch), batch.offset_per_key(), ids_per_feature(batch)
@@ -147,6 +141,14 @@ class Remap(nn.Module):
             first, m = end, m + 1
         self._count_outside(outside[0] if len(outside) == 1 else torch.stack(outside).sum())
         return _rows_batch(features, self.keys, self.features_of_keys, all_rows, all_lengths, all_weights, None)
+
+    def _by_kernels(self, features: KeyedJaggedTensor, batch: KeyedJaggedTensor) -> KeyedJaggedTensor:
+        from torchrec_lma.gpu_remap import remap_batch  # Triton comes with torch for GPUs only
+
+        rows, lengths, kept_weights, of_each_key, n_outside = remap_batch(self, batch)
+        self._count_outside(n_outside)
+        weights = [] if kept_weights is None else [kept_weights]
+        return _rows_batch(features, self.keys, self.features_of_keys, [rows], [lengths], weights, of_each_key)
 
     def _count_outside(self, n_outside: Tensor) -> None:
         """Raises ValueError where some ids are outside of their vocabulary and that is an error."""
