@@ -36,7 +36,7 @@ CASES: dict[str, dict[str, Any]] = {
     "signatures of raw ids": {"compression": 8, "widths": (4, 4, 8), "shared_fraction": 0.5, "raw_ids": True},
     "the paper's form": {"compression": 8, "widths": (4, 4, 4, 4), "shared_fraction": 1},
 }
-BATCHES = ["plain", "weighted", "int32", "variable"]
+BATCHES = ["plain", "weighted", "int32", "variable", "padded"]
 
 
 def batch(seed: int, rows: int, kind: str = "plain", by_frequency: bool = False) -> KeyedJaggedTensor:
@@ -49,6 +49,8 @@ def batch(seed: int, rows: int, kind: str = "plain", by_frequency: bool = False)
         ids = (size * torch.rand(int(of_feature.sum()), generator=random) ** 3).long()
         ids = ids if by_frequency else ids * 7 % size
         values.append(torch.where(torch.rand(ids.numel(), generator=random) < 0.1, ids * 3 - 500, ids))
+    if kind == "padded":  # lengths add up to less than there are values
+        values.append(torch.arange(700))
     ids = torch.cat(values)
     options: dict[str, Any] = {}
     if kind == "weighted":

@@ -115,7 +115,7 @@ def _store(out, row, mask, n, PACK: tl.constexpr):
 @triton.jit(do_not_specialize=["n", "first_slot"])
 def rows_kernel(
     ids,  # [N], of all slots
-    slot_starts,  # where the ids of each slot begin
+    slot_starts,  # where the ids of each slot begin, and the last ones end
     sizes,  # int64 [slots of the group]: this and what follows are buffers of MemoryRemap
     first,
     salts,
@@ -149,7 +149,8 @@ def rows_kernel(
 ):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     slot = _slots_of(at, slot_starts, slot_stride, N_ALL_SLOTS, SLOT_BITS) - first_slot
-    is_id = (at < n) & (slot >= 0) & (slot < N_SLOTS)
+    end = tl.load(slot_starts + N_ALL_SLOTS * slot_stride)  # lengths may add up to less than there are values
+    is_id = (at < n) & (at < end) & (slot >= 0) & (slot < N_SLOTS)
     id = tl.load(ids + at, mask=is_id, other=0).to(tl.int64)
     mixed = id
     if salts is not None:
@@ -221,8 +222,9 @@ def kept_kernel(
     is_length = at < n_lengths
     bag = at % n_bags
     table_start = at // n_bags * n
-    begin = table_start + tl.load(offsets + bag, mask=is_length, other=0)
-    end = table_start + tl.load(offsets + bag + 1, mask=is_length, other=0)
+    # Nothing is read beyond what there is, whatever the offsets say.
+    begin = table_start + tl.minimum(tl.load(offsets + bag, mask=is_length, other=0).to(tl.int64), n)
+    end = table_start + tl.minimum(tl.load(offsets + bag + 1, mask=is_length, other=0).to(tl.int64), n)
     before = tl.load(until + begin - 1, mask=is_length & (begin > 0), other=0)
     length = tl.load(until + end - 1, mask=is_length & (end > 0), other=0) - before
     tl.store(lengths + at, length, mask=is_length)

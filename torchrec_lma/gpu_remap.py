@@ -127,7 +127,7 @@ def remap_batch(
         rows int32 [M] and weights [M] or None of all keys, lengths int32 [bags of all keys]; how many rows each key
         has, None with VBE; int64 [], how many ids are outside of their vocabulary.
     """
-    ids, offsets = batch.values(), batch.offsets()
+    ids, offsets = batch.values().contiguous(), batch.offsets()
     ends = bag_ends(batch)
     n, n_bags = ids.numel(), ends[-1]
     if batch.variable_stride_per_key():

@@ -145,7 +145,8 @@ class Remap(nn.Module):
     def _by_kernels(self, features: KeyedJaggedTensor, batch: KeyedJaggedTensor) -> KeyedJaggedTensor:
         from torchrec_lma.gpu_remap import remap_batch  # Triton comes with torch for GPUs only
 
-        rows, lengths, kept_weights, of_each_key, n_outside = remap_batch(self, batch)
+        with torch.cuda.device_of(batch.values()):  # Triton launches on the current device
+            rows, lengths, kept_weights, of_each_key, n_outside = remap_batch(self, batch)
         self._count_outside(n_outside)
         weights = [] if kept_weights is None else [kept_weights]
         return _rows_batch(features, self.keys, self.features_of_keys, [rows], [lengths], weights, of_each_key)
