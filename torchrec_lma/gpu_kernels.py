@@ -1,6 +1,8 @@
 """Triton kernels of the remap: `gpu_remap.py` launches them.
 
 They compute what `MemoryRemap` does, line by line, with the same hashes, bitmaps and indices; that is the reference.
+All tensors but `slot_starts` are contiguous. Numbers that change with the batch are not specialised on, so that only
+the first batch waits for the compiler.
 """
 
 import triton
@@ -23,10 +25,9 @@ def _mix64(x):
 
 @triton.jit
 def _find_in_bitmap(values, words, before):
-    inside = values >= 0
     word = values >> 5
-    up_to_it = tl.load(words + word, mask=inside, other=0) << (~values & 31).to(tl.int32)
-    is_member = inside & (up_to_it < 0)
+    up_to_it = tl.load(words + word, mask=values >= 0, other=0) << (~values & 31).to(tl.int32)
+    is_member = up_to_it < 0
     x = up_to_it - ((up_to_it >> 1) & 0x55555555)
     x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
     x = (x + (x >> 4)) & 0x0F0F0F0F
@@ -112,7 +113,7 @@ def _store(out, row, mask, n, PACK: tl.constexpr):
     return out
 
 
-@triton.jit(do_not_specialize=["n", "first_slot"])
+@triton.jit(do_not_specialize=["n", "slot_stride", "first_slot", "first_table"])
 def rows_kernel(
     ids,  # [N], of all slots
     slot_starts,  # where the ids of each slot begin, and the last ones end
@@ -123,14 +124,15 @@ def rows_kernel(
     signatures,
     signed,  # tensors of the bitmap or index of ids with a signature
     owners,  # three of each level
-    rows,  # out: int32 [tables, N], -1 where an id is of another group
+    rows,  # out: int32 [tables of all groups, N], -1 where an id is of another group
     outside,  # out: int64 [], added to
     n,  # N
     slot_stride,  # of slot_starts
     first_slot,  # of the group
+    first_table,
     N_SLOTS: tl.constexpr,
     N_ALL_SLOTS: tl.constexpr,
-    SLOT_BITS: tl.constexpr,  # 2 ** SLOT_BITS > slots
+    SLOT_BITS: tl.constexpr,  # 2 ** SLOT_BITS >= slots
     RAW_IDS: tl.constexpr,
     KINDS: tl.constexpr,  # of the owners of each level
     OWN_ROWS: tl.constexpr,
@@ -151,22 +153,22 @@ def rows_kernel(
     slot = _slots_of(at, slot_starts, slot_stride, N_ALL_SLOTS, SLOT_BITS) - first_slot
     end = tl.load(slot_starts + N_ALL_SLOTS * slot_stride)  # lengths may add up to less than there are values
     is_id = (at < n) & (at < end) & (slot >= 0) & (slot < N_SLOTS)
-    id = tl.load(ids + at, mask=is_id, other=0).to(tl.int64)
-    mixed = id
+    value = tl.load(ids + at, mask=is_id, other=0).to(tl.int64)
+    mixed = value
     if salts is not None:
-        mixed = _mix64(id ^ tl.load(salts + slot, mask=is_id, other=0))
+        mixed = _mix64(value ^ tl.load(salts + slot, mask=is_id, other=0))
     if RAW_IDS:
         position = mixed
     else:
-        inside = is_id & (id >= 0) & (id < tl.load(sizes + slot, mask=is_id, other=0))
-        position = tl.where(inside, id, -1)
+        inside = is_id & (value >= 0) & (value < tl.load(sizes + slot, mask=is_id, other=0))
+        position = tl.where(inside, value, -1)
         if first is not None:
-            position = tl.where(inside, id + tl.load(first + slot, mask=is_id, other=0), -1)
+            position = tl.where(inside, value + tl.load(first + slot, mask=is_id, other=0), -1)
         n_outside = tl.sum((is_id & ~inside).to(tl.int64))
         if n_outside > 0:
             tl.atomic_add(outside, n_outside)
     own = position
-    out = rows + at
+    out = rows + first_table.to(tl.int64) * n + at
     for k in tl.static_range(len(KINDS)):
         own = _own_rows(own, slot, is_id, owners[3 * k], owners[3 * k + 1], owners[3 * k + 2], KINDS[k], BITS, STEPS)
         if OWN_ROWS[k] + SHARED_ROWS[k] > 0:
@@ -197,7 +199,7 @@ def rows_kernel(
             out = _store(out, tl.where(is_id, row, -1), at < n, n, PACKS[k])
 
 
-@triton.jit(do_not_specialize=["n", "total", "n_lengths"])
+@triton.jit(do_not_specialize=["n", "total", "n_bags", "n_lengths"])
 def kept_kernel(
     rows,  # int32 [total]: [tables, N]
     until,  # int32 [total], how many rows there are up to each and with it

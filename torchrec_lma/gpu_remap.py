@@ -1,4 +1,4 @@
-"""The remap on a GPU: two launches of Triton kernels and a sum, for some eighty launches of torch's operators.
+"""The remap on a GPU: a Triton kernel for each memory and one for the batch, for some eighty of torch's operators.
 
 At the batch sizes that models are trained with, a host launches those for longer than the device looks up rows. On a
 CPU, in TorchScript, torch.export and torch.compile torch's operators run. Nothing waits for the device before the end,
@@ -7,10 +7,10 @@ where TorchRec needs the number of rows of each key.
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
@@ -18,8 +18,8 @@ from torchrec_lma.allocation.bitmap import RankBitmap
 from torchrec_lma.allocation.index import IdIndex
 from torchrec_lma.features import bag_ends
 from torchrec_lma.gpu_kernels import ALL, BITMAP, INDEX, NONE, RANGES, kept_kernel, rows_kernel
-from torchrec_lma.memory_remap import MemoryRemap
-from torchrec_lma.owners import AllOwn, NoneOwns, RangeOwners
+from torchrec_lma.memory_remap import MemoryRemap, complete_cumsum
+from torchrec_lma.owners import AllOwn, RangeOwners
 
 if TYPE_CHECKING:
     from torchrec_lma.remap import Remap
@@ -27,15 +27,8 @@ if TYPE_CHECKING:
 _BLOCK = 512  # ids
 
 
-def _finder(owners: nn.Module) -> tuple[tl.constexpr, tuple[Tensor | None, ...], int, int]:
-    """The kind, three tensors, and of an index its bits and steps."""
-    if isinstance(owners, RankBitmap):
-        return BITMAP, (owners.words, owners.before, None), 0, 0
-    if isinstance(owners, IdIndex):
-        return INDEX, (owners.low, owners.starts, None), 64 - owners.shift, owners.steps
-    if isinstance(owners, RangeOwners):
-        return RANGES, (owners.first, owners.end, owners.shift), 0, 0
-    return (ALL if isinstance(owners, AllOwn) else NONE), (None, None, None), 0, 0
+# They follow from the allocation; to gather them takes longer than a launch.
+_CONSTANTS: WeakKeyDictionary[MemoryRemap, dict[str, Any]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -44,19 +37,24 @@ class _Group:
 
     Attributes:
         n_tables: how many table rows an id can have.
-        tensors, constants: of `rows_kernel`.
+        arguments: of `rows_kernel`, by name.
     """
 
     n_slots: int
     n_tables: int
-    tensors: tuple[Any, ...]
-    constants: dict[str, Any]
+    arguments: dict[str, Any]
 
     @classmethod
     def of_whole(cls, remap: "Remap") -> "_Group":
         """As one level on which all ids own a row, and those that are outside share one for each table, the last."""
-        sizes = remap.whole_sizes
-        constants = {
+        arguments = {
+            "sizes": remap.whole_sizes,
+            "first": None,
+            "salts": None,
+            "rows_of_slots": remap.whole_sizes,
+            "signatures": None,
+            "signed": (None, None),
+            "owners": (None, None, None),
             "RAW_IDS": False,
             "KINDS": (ALL.value,),
             "OWN_ROWS": (1,),
@@ -72,48 +70,73 @@ class _Group:
             "SIGNED_BITS": 0,
             "SIGNED_STEPS": 0,
         }
-        return cls(remap.n_whole, 1, (sizes, None, None, sizes, None, (None, None), (None,) * 3), constants)
+        return cls(remap.n_whole, 1, arguments)
 
     @classmethod
     def of_memory(cls, memory: MemoryRemap) -> "_Group":
-        kinds, tensors, bits, steps = zip(*(_finder(owners) for owners in memory.owners))
-        signatures = memory.signatures if memory.has_signatures else None
-        signed_kind, signed, signed_bits, signed_steps = _finder(memory.signed if memory.has_signatures else NoneOwns())
-        constants = {
-            "RAW_IDS": memory.raw_ids,
-            "KINDS": tuple(kind.value for kind in kinds),
-            "OWN_ROWS": tuple(memory.own_rows),
-            "SHARED_ROWS": tuple(memory.shared_rows),
-            "BY_TABLE": tuple(memory.shared_by_table),
-            "PACKS": tuple(memory.packs),
-            "MULTIPLIERS": tuple(memory.multipliers),
-            "BITS": max(bits),  # only the first level has an index
-            "STEPS": max(steps),
-            "SIGNATURES": 0 if signatures is None else signatures.size(1),
-            "SIGNATURE_SALT": memory.signature_salt,
-            "SIGNED_KIND": signed_kind.value,
-            "SIGNED_BITS": signed_bits,
-            "SIGNED_STEPS": signed_steps,
-        }
-        has_rows = [own + shared > 0 for own, shared in zip(memory.own_rows, memory.shared_rows)]
+        if memory not in _CONSTANTS:
+            _CONSTANTS[memory] = _constants(memory)
+        constants = _CONSTANTS[memory]
         # Salts are for keys: where no row is a hash, none is read.
         hashes = memory.raw_ids or any(
             shared and not by_table for shared, by_table in zip(memory.shared_rows, memory.shared_by_table)
         )
-        return cls(
-            memory.sizes.numel(),
-            sum(pack for pack, has in zip(memory.packs, has_rows) if has),
-            (
-                memory.sizes,
-                memory.first,
-                memory.salts if hashes else None,
-                memory.rows_of_slots,
-                signatures,
-                signed[:2],
-                tuple(tensor for of_level in tensors for tensor in of_level),
-            ),
-            constants,
-        )
+        arguments = {
+            "sizes": memory.sizes,
+            "first": memory.first,
+            "salts": memory.salts if hashes else None,
+            "rows_of_slots": memory.rows_of_slots,
+            "signatures": memory.signatures if memory.has_signatures else None,
+            "signed": _tensors(memory.signed)[:2] if memory.has_signatures else (None, None),
+            "owners": tuple(tensor for owners in memory.owners for tensor in _tensors(owners)),
+        }
+        has_rows = (own + shared > 0 for own, shared in zip(memory.own_rows, memory.shared_rows))
+        n_tables = sum(pack for pack, has in zip(memory.packs, has_rows) if has)
+        return cls(memory.sizes.numel(), n_tables, arguments | constants)
+
+
+def _constants(memory: MemoryRemap) -> dict[str, Any]:
+    kinds, bits, steps = zip(*(_kind(owners) for owners in memory.owners))
+    signed_kind, signed_bits, signed_steps = (NONE.value, 0, 0)
+    if memory.has_signatures:
+        signed_kind, signed_bits, signed_steps = _kind(memory.signed)
+    return {
+        "RAW_IDS": memory.raw_ids,
+        "KINDS": kinds,
+        "OWN_ROWS": tuple(memory.own_rows),
+        "SHARED_ROWS": tuple(memory.shared_rows),
+        "BY_TABLE": tuple(memory.shared_by_table),
+        "PACKS": tuple(memory.packs),
+        "MULTIPLIERS": tuple(memory.multipliers),
+        "BITS": max(bits),  # only the first level has an index
+        "STEPS": max(steps),
+        "SIGNATURES": memory.signatures.size(1) if memory.has_signatures else 0,
+        "SIGNATURE_SALT": memory.signature_salt,
+        "SIGNED_KIND": signed_kind,
+        "SIGNED_BITS": signed_bits,
+        "SIGNED_STEPS": signed_steps,
+    }
+
+
+def _kind(owners: nn.Module) -> tuple[int, int, int]:
+    """Of owners, and of an index its bits and steps."""
+    if isinstance(owners, RankBitmap):
+        return BITMAP.value, 0, 0
+    if isinstance(owners, IdIndex):
+        return INDEX.value, 64 - owners.shift, owners.steps
+    if isinstance(owners, RangeOwners):
+        return RANGES.value, 0, 0
+    return (ALL if isinstance(owners, AllOwn) else NONE).value, 0, 0
+
+
+def _tensors(owners: nn.Module) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    if isinstance(owners, RankBitmap):
+        return owners.words, owners.before, None
+    if isinstance(owners, IdIndex):
+        return owners.low, owners.starts, None
+    if isinstance(owners, RangeOwners):
+        return owners.first, owners.end, owners.shift
+    return None, None, None
 
 
 def remap_batch(
@@ -126,12 +149,15 @@ def remap_batch(
     Returns:
         rows int32 [M] and weights [M] or None of all keys, lengths int32 [bags of all keys]; how many rows each key
         has, None with VBE; int64 [], how many ids are outside of their vocabulary.
+    Raises:
+        ValueError: lengths that are negative or add up to more than there are ids.
     """
-    ids, offsets = batch.values().contiguous(), batch.offsets()
+    ids, offsets = batch.values().contiguous(), complete_cumsum(batch.lengths())
+    is_variable = batch.variable_stride_per_key()
     ends = bag_ends(batch)
-    n, n_bags = ids.numel(), ends[-1]
-    if batch.variable_stride_per_key():
-        slot_starts = offsets.index_select(0, torch.tensor(ends, device=offsets.device))
+    n, n_slots, n_bags = ids.numel(), len(ends) - 1, ends[-1]
+    if is_variable:
+        slot_starts = offsets.index_select(0, torch.tensor(ends).to(offsets.device, non_blocking=True))
     else:
         slot_starts = offsets[:: batch.stride()]
     groups = [_Group.of_whole(remap)] if remap.n_whole else []
@@ -141,28 +167,26 @@ def remap_batch(
     table, slot = 0, 0
     of_keys: list[tuple[slice, slice]] = []  # among tables and bags
     for group in groups:
-        end = table + group.n_tables
         rows_kernel[(triton.cdiv(n, _BLOCK),)](
-            ids,
-            slot_starts,
-            *group.tensors,
-            rows[table:end],
-            outside,
-            n,
-            slot_starts.stride(0),
-            slot,
+            ids=ids,
+            slot_starts=slot_starts,
+            rows=rows,
+            outside=outside,
+            n=n,
+            slot_stride=slot_starts.stride(0),
+            first_slot=slot,
+            first_table=table,
             N_SLOTS=group.n_slots,
-            N_ALL_SLOTS=len(ends) - 1,
-            SLOT_BITS=(len(ends) - 1).bit_length(),
+            N_ALL_SLOTS=n_slots,
+            SLOT_BITS=(n_slots - 1).bit_length(),
             BLOCK=_BLOCK,
-            **group.constants,
+            **group.arguments,
         )
-        of_keys.append((slice(table, end), slice(ends[slot], ends[slot + group.n_slots])))
-        table, slot = end, slot + group.n_slots
+        of_keys.append((slice(table, table + group.n_tables), slice(ends[slot], ends[slot + group.n_slots])))
+        table, slot = table + group.n_tables, slot + group.n_slots
     until = (rows.view(-1) >= 0).cumsum(0, dtype=torch.int32)
     kept, lengths = torch.empty_like(until), until.new_empty([table, n_bags])
-    weights = batch.weights() if remap.is_weighted else None
-    kept_ids = None if weights is None else torch.empty_like(until)
+    kept_ids = torch.empty_like(until) if remap.is_weighted else None
     kept_kernel[(triton.cdiv(max(rows.numel(), lengths.numel()), _BLOCK),)](
         rows,
         until,
@@ -178,12 +202,14 @@ def remap_batch(
     )
     parts = [lengths[tables, bags].flatten() for tables, bags in of_keys]
     of_bags = parts[0] if len(parts) == 1 else torch.cat(parts)
-    of_each_key: list[int] | None = None
-    if batch.variable_stride_per_key():
-        m = int(until[-1])
-    else:
-        of_each_key = of_bags.view(-1, batch.stride()).sum(1).tolist()
-        m = sum(of_each_key)
-    if weights is not None and kept_ids is not None:  # they may be trained: an operator that autograd knows
-        weights = weights.index_select(0, kept_ids[:m])
-    return kept[:m], of_bags, weights, of_each_key, outside
+    sums = of_bags.sum().view(1) if is_variable else of_bags.view(-1, batch.stride()).sum(1)
+    *of_each_key, m, n_given = torch.cat([sums, until[-1:], offsets[-1:]]).tolist()
+    if min(of_each_key) < 0 or sum(of_each_key) != m or not 0 <= n_given <= n:
+        raise ValueError(
+            f"the KeyedJaggedTensor has lengths that are negative, or {n} values and lengths that add up to {n_given}; "
+            "check how the batch was cut"
+        )
+    weights: Tensor | None = None
+    if kept_ids is not None:  # they may be trained: an operator that autograd knows
+        weights = batch.weights().index_select(0, kept_ids[:m])
+    return kept[:m], of_bags, weights, None if is_variable else of_each_key, outside

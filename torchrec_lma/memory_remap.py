@@ -179,6 +179,11 @@ def with_rows_of_slots(own: Tensor, slot: Tensor, rows: Tensor) -> Tensor:
     return torch.where(own < 0, rows.index_select(0, slot), own)  # without waiting for the device
 
 
+def complete_cumsum(values: Tensor) -> Tensor:
+    """int64 [n + 1], the sum of the values before each place, and of all."""
+    return torch.ops.fbgemm.asynchronous_complete_cumsum(values.to(torch.int64))
+
+
 def count_before(chosen: Tensor) -> Tensor:
     """int32 [n + 1], how many are chosen before each place, and in all; from bool [n]."""
     return torch.ops.fbgemm.asynchronous_complete_cumsum(chosen.to(torch.int32))

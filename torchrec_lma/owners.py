@@ -66,7 +66,7 @@ class RangeOwners(nn.Module):
         # Positions are compared in int32 where they fit.
         dtype = torch.int32 if int(ranges.max()) <= MAX_ROWS else torch.int64
         for name, values in (("first", first), ("end", end), ("shift", before - first)):
-            self.register_buffer(name, values.to(dtype), persistent=False)  # [slots]
+            self.register_buffer(name, values.to(dtype).contiguous(), persistent=False)  # [slots]
 
     def forward(self, positions: Tensor, slot: Tensor) -> Tensor:
         inside = (positions >= self.first.index_select(0, slot)) & (positions < self.end.index_select(0, slot))

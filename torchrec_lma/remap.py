@@ -18,9 +18,11 @@ import fbgemm_gpu  # noqa: F401  isort: skip
 
 from torchrec_lma.allocation.artifact import Allocation
 from torchrec_lma.features import Slot, bag_ends, ids_per_feature, take_features
-from torchrec_lma.memory_remap import MemoryRemap, cat
+from torchrec_lma.memory_remap import MemoryRemap, cat, complete_cumsum
 
-HAS_TRITON = find_spec("triton") is not None
+# On GPUs; torch's operators do it elsewhere. Set it to False where Triton lacks what it needs to compile: a C compiler
+# and a folder for its cache.
+USE_TRITON = find_spec("triton") is not None
 
 # torch.fx leaves alone what is wrapped in the module that calls it.
 torch.fx.wrap("bag_ends")
@@ -100,7 +102,7 @@ class Remap(nn.Module):
         """
         batch = take_features(features, self.features)
         if not torch.jit.is_scripting():
-            if _has_kernel(features):
+            if _has_kernel(batch, self.fingerprint.device):
                 return self._by_kernels(features, batch)
         ids, lengths = batch.values().to(torch.int64), batch.lengths()
         offsets = complete_cumsum(lengths)
@@ -189,11 +191,12 @@ class Remap(nn.Module):
             )
 
 
-def _has_kernel(features: KeyedJaggedTensor) -> bool:
-    """Whether Triton's kernels take the batch: not where the operators are traced or compiled."""
-    if isinstance(features, torch.fx.Proxy) or torch.compiler.is_compiling():
+def _has_kernel(batch: KeyedJaggedTensor, device: torch.device) -> bool:
+    """Whether Triton's kernels take a batch on this device: not where the operators are traced or compiled."""
+    if isinstance(batch, torch.fx.Proxy) or torch.compiler.is_compiling():
         return False
-    return features.values().is_cuda and features.values().numel() > 0 and HAS_TRITON
+    on_gpu = device.type == "cuda" and batch.values().device == device
+    return USE_TRITON and on_gpu and batch.values().numel() > 0 and batch.lengths().numel() > 0
 
 
 def whole_key(slot: Slot) -> str:
@@ -204,11 +207,6 @@ def whole_key(slot: Slot) -> str:
 def level_key(slot: Slot, level: int, place: int) -> str:
     """The key of the batch of rows that feeds a level from a slot, of its rows at a place in packed rows."""
     return f"{slot.table}/{slot.feature}/{level}/{place}"
-
-
-def complete_cumsum(values: Tensor) -> Tensor:
-    """int64 [n + 1], the sum of the values before each place, and of all."""
-    return torch.ops.fbgemm.asynchronous_complete_cumsum(values.to(torch.int64))
 
 
 @torch.fx.wrap
