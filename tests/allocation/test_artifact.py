@@ -52,7 +52,7 @@ def build(
     config: LMAConfig = CONFIG, tables: Sequence[EmbeddingBagConfig] = TABLES, n: int = 2000, **options: Any
 ) -> Allocation:
     options = {"source": {"user": SOURCE, "item": SOURCE, "url": SOURCE}, "signature_fraction": 0.4, **options}
-    return AllocationBuilder(tables, config, **options).update(rows(n)).build()
+    return AllocationBuilder(tables, config, **{"whole_fraction": 0.0625} | options).update(rows(n)).build()
 
 
 @pytest.fixture(scope="module")

@@ -41,7 +41,7 @@ def allocation(kind: str = "own", seed: int = 0) -> Allocation:
     settings = {**KINDS[kind], "seed": seed}
     if settings.get("raw_ids"):
         settings["raw_ids"] = ("t_user",)
-    builder = AllocationBuilder(tables(), LMAConfig(**settings))
+    builder = AllocationBuilder(tables(), LMAConfig(**settings), whole_fraction=0.0625)
     for i in range(20):
         builder.update(batch(100 + i, rows=64))
     return builder.build()

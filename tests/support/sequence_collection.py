@@ -49,7 +49,7 @@ def batch(seed: int = 0, rows: int = 8) -> KeyedJaggedTensor:
 
 @cache
 def allocation(kind: str = "own", seed: int = 0) -> Allocation:
-    builder = AllocationBuilder(tables(), LMAConfig(**{**CONFIGS[kind].to_dict(), "seed": seed}))
+    builder = AllocationBuilder(tables(), LMAConfig(**{**CONFIGS[kind].to_dict(), "seed": seed}), whole_fraction=0.0625)
     for i in range(20):
         builder.update(batch(100 + i, rows=64))
     made = builder.build()

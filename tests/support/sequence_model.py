@@ -67,7 +67,7 @@ def tables() -> list[EmbeddingConfig]:
 @cache
 def build_allocation(seed: int = 0, data_type: str | None = "FP32") -> Allocation:
     config = LMAConfig(**{**CONFIG.to_dict(), "seed": seed, "data_type": data_type})
-    builder = AllocationBuilder(tables(), config)
+    builder = AllocationBuilder(tables(), config, whole_fraction=0.0625)
     for i in range(20):
         builder.update(features(1000 + i, batch=32))
     allocation = builder.build()

@@ -133,7 +133,7 @@ def batch(step: int, rank: int, weighted: bool = False, vbe: str = "no") -> Batc
 
 
 def build_allocation(seed: int = 0, config: LMAConfig = CONFIG) -> Allocation:
-    builder = AllocationBuilder(tables(), dataclasses.replace(config, seed=seed))
+    builder = AllocationBuilder(tables(), dataclasses.replace(config, seed=seed), whole_fraction=0.0625)
     for i in range(20):
         builder.update(features(1000 + i, batch=32))
     allocation = builder.build()
