@@ -161,9 +161,10 @@ def rows_kernel(
         position = mixed
     else:
         inside = is_id & (value >= 0) & (value < tl.load(sizes + slot, mask=is_id, other=0))
-        position = tl.where(inside, value, -1)
+        position = value
         if first is not None:
-            position = tl.where(inside, value + tl.load(first + slot, mask=is_id, other=0), -1)
+            position += tl.load(first + slot, mask=is_id, other=0)
+        position = tl.where(inside, position, -1)
         n_outside = tl.sum((is_id & ~inside).to(tl.int64))
         if n_outside > 0:
             tl.atomic_add(outside, n_outside)

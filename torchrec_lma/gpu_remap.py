@@ -26,9 +26,8 @@ if TYPE_CHECKING:
 
 _BLOCK = 512  # ids
 
-
-# They follow from the allocation; to gather them takes longer than a launch.
-_CONSTANTS: WeakKeyDictionary[MemoryRemap, dict[str, Any]] = WeakKeyDictionary()
+# What follows from the allocation, `_of_allocation`: to gather it takes longer than a launch.
+_KNOWN: WeakKeyDictionary[MemoryRemap, tuple[int, bool, dict[str, Any]]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -74,13 +73,9 @@ class _Group:
 
     @classmethod
     def of_memory(cls, memory: MemoryRemap) -> "_Group":
-        if memory not in _CONSTANTS:
-            _CONSTANTS[memory] = _constants(memory)
-        constants = _CONSTANTS[memory]
-        # Salts are for keys: where no row is a hash, none is read.
-        hashes = memory.raw_ids or any(
-            shared and not by_table for shared, by_table in zip(memory.shared_rows, memory.shared_by_table)
-        )
+        if memory not in _KNOWN:
+            _KNOWN[memory] = _of_allocation(memory)
+        n_tables, hashes, constants = _KNOWN[memory]
         arguments = {
             "sizes": memory.sizes,
             "first": memory.first,
@@ -90,17 +85,22 @@ class _Group:
             "signed": _tensors(memory.signed)[:2] if memory.has_signatures else (None, None),
             "owners": tuple(tensor for owners in memory.owners for tensor in _tensors(owners)),
         }
-        has_rows = (own + shared > 0 for own, shared in zip(memory.own_rows, memory.shared_rows))
-        n_tables = sum(pack for pack, has in zip(memory.packs, has_rows) if has)
         return cls(memory.sizes.numel(), n_tables, arguments | constants)
 
 
-def _constants(memory: MemoryRemap) -> dict[str, Any]:
+def _of_allocation(memory: MemoryRemap) -> tuple[int, bool, dict[str, Any]]:
+    """How many table rows an id can have, whether some row is a hash, and the constants of `rows_kernel`."""
+    has_rows = (own + shared > 0 for own, shared in zip(memory.own_rows, memory.shared_rows))
+    n_tables = sum(pack for pack, has in zip(memory.packs, has_rows) if has)
+    # Salts are for keys: where no row is a hash, none is read.
+    hashes = memory.raw_ids or any(
+        shared and not by_table for shared, by_table in zip(memory.shared_rows, memory.shared_by_table)
+    )
     kinds, bits, steps = zip(*(_kind(owners) for owners in memory.owners))
     signed_kind, signed_bits, signed_steps = (NONE.value, 0, 0)
     if memory.has_signatures:
         signed_kind, signed_bits, signed_steps = _kind(memory.signed)
-    return {
+    constants = {
         "RAW_IDS": memory.raw_ids,
         "KINDS": kinds,
         "OWN_ROWS": tuple(memory.own_rows),
@@ -116,6 +116,7 @@ def _constants(memory: MemoryRemap) -> dict[str, Any]:
         "SIGNED_BITS": signed_bits,
         "SIGNED_STEPS": signed_steps,
     }
+    return n_tables, hashes, constants
 
 
 def _kind(owners: nn.Module) -> tuple[int, int, int]:

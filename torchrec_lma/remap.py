@@ -13,9 +13,6 @@ import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-# Registers torch.ops.fbgemm.*
-import fbgemm_gpu  # noqa: F401  isort: skip
-
 from torchrec_lma.allocation.artifact import Allocation
 from torchrec_lma.features import Slot, bag_ends, ids_per_feature, take_features
 from torchrec_lma.memory_remap import MemoryRemap, cat, complete_cumsum
