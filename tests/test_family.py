@@ -75,7 +75,6 @@ def assert_same(allocation: Allocation, index: dict[str, list[Tensor]]) -> None:
     """Forward, and weights after one step of SGD."""
     torch.manual_seed(1)
     ebc = LMAEmbeddingBagCollection(TABLES, allocation)
-    assert not allocation.whole
     reference = Reference(ebc, index)
     target = torch.randn(40, DIM * len(N))
     optimizers = [torch.optim.SGD(module.parameters(), lr=0.5) for module in (ebc, reference)]
@@ -109,7 +108,6 @@ def test_a_setting_is_the_smaller_dim(width: int) -> None:
         TABLES,
         LMAConfig(memory_bytes=bytes_, widths=widths, skew=0, data_type="FP32", seed=SEED),
         shared_fraction=0.0,
-        whole_fraction=0.0,
     )
     everybody = torch.cat([torch.arange(n) for n in N.values()])
     lengths = torch.tensor([300] + [0] * 1 + [120, 0])
@@ -167,7 +165,7 @@ def test_a_setting_is_the_hashing_trick() -> None:
 @pytest.mark.parametrize("share", [0.2, 0.7])
 def test_a_setting_is_hot_ids_with_rows_of_their_own(raw_ids: bool, share: float) -> None:
     config = LMAConfig(compression=6, widths=(DIM,), data_type="FP32", seed=SEED, raw_ids=raw_ids)
-    allocation = AllocationBuilder(TABLES, config, shared_fraction=share, whole_fraction=0.0).update(DATA).build()
+    allocation = AllocationBuilder(TABLES, config, shared_fraction=share).update(DATA).build()
     (memory,) = allocation.memories
     (level,) = memory.levels
     assert level.own_rows > 5 and abs(level.shared_rows * DIM * 4 / (420 * DIM * 4 / 6) - share) < 0.02

@@ -23,19 +23,20 @@ from torchrec_lma.remap import Remap
 
 pytest.importorskip("triton")  # which torch for CPUs does without
 
-OPTIONS = ("source", "shared_fraction", "signature_fraction", "whole_fraction")
+OPTIONS = ("source", "shared_fraction", "signature_fraction")
 SOURCE = RowsMinHash()
 SIZES = {"user": 3000, "item": 500, "shop": 200, "day": 3}
 CASES: dict[str, dict[str, Any]] = {
-    "bitmaps": {"compression": 4},
-    "sorted vocabularies": {"compression": 4, "by_frequency": True},
+    "bitmaps": {"compression": 7},
+    "sorted vocabularies": {"compression": 9, "by_frequency": True},
     "packed rows": {"compression": 64},
     "shared rows": {"compression": 200},
     "raw ids": {"compression": 8, "raw_ids": True},
     "raw ids that share rows": {"compression": 100, "raw_ids": ("t_user",)},
     "two dims": {"compression": 8, "dims": (16, 16, 8, 16)},
-    "whole tables": {"compression": 4, "whole_fraction": 0.5},
-    "nothing but whole tables": {"compression": 1},
+    "all own": {"compression": 6, "all_seen": True},
+    "all own the same columns": {"compression": 8, "all_seen": True},
+    "all columns": {"compression": 1},
     "signatures": {"compression": 60, "source": SOURCE, "shared_fraction": 0.5, "signature_fraction": 0.3},
     "signatures of raw ids": {
         **{"compression": 30, "source": SOURCE, "shared_fraction": 0.5, "signature_fraction": 0.3},
@@ -87,7 +88,7 @@ def batch(seed: int, rows: int, case: str, kind: str = "plain") -> KeyedJaggedTe
 
 
 def remap(case: str, is_weighted: bool) -> Remap:
-    settings = {name: value for name, value in CASES[case].items() if name not in ("by_frequency", "dims")}
+    settings = {name: value for name, value in CASES[case].items() if name not in ("by_frequency", "all_seen", "dims")}
     options = {name: settings.pop(name) for name in OPTIONS if name in settings}
     tables = [
         EmbeddingBagConfig(name=f"t_{name}", num_embeddings=size, embedding_dim=dim, feature_names=[name])
@@ -98,10 +99,18 @@ def remap(case: str, is_weighted: bool) -> Remap:
         for table in tables:
             ids = torch.arange(table.num_embeddings // 2)
             builder.add_counts(table.name, ids, 1000 // (ids + 1) + 1)
+    elif CASES[case].get("all_seen"):
+        for table in tables:
+            ids = torch.arange(table.num_embeddings)
+            builder.add_counts(table.name, ids, ids * 7 % 5 + 1)
     else:
         for seed in range(10):
             builder.update(batch(seed, 100, case))
     return Remap(builder.build(), slots_of(tables), is_weighted)
+
+
+def has_one_row_an_id(module: Remap) -> bool:
+    return len(module.keys) == len(module.features) and all(m.nobody_is_absent for m in module.memories.values())
 
 
 def found(case: str, kind: str, with_kernel: bool, device: str = "cpu") -> list[Any]:
@@ -193,8 +202,10 @@ def test_kernels_and_operators_agree(interpreter: ProcessPoolExecutor, case: str
 @pytest.mark.parametrize("case", CASES)
 def test_kernels_compile_for_a_gpu(compiler: ProcessPoolExecutor, case: str, kind: str) -> None:
     module = remap(case, False)
-    groups = len(module.memories) + (module.n_whole > 0)
-    assert compiler.submit(compiled, case, kind).result() == ["rows_kernel"] * groups + ["kept_kernel"]
+    kernels = ["rows_kernel"] * len(module.memories)
+    if not has_one_row_an_id(module):
+        kernels.append("kept_kernel")
+    assert compiler.submit(compiled, case, kind).result() == kernels
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -214,8 +225,9 @@ def test_the_cases_are_of_every_kind() -> None:
     packs = {pack for memory in memories for pack, rows in zip(memory.packs, memory.shared_rows) if rows}
     assert packs == {1, 2, 4}
     assert any(all(memory.shared_by_table) for memory in memories)
-    assert modules["whole tables"].n_whole >= 2 and modules["whole tables"].memories
-    assert modules["nothing but whole tables"].n_whole == 4
+    assert {memory.outside_is_0 for memory in memories} == {False, True}
+    assert {has_one_row_an_id(module) for module in modules.values()} == {False, True}
+    assert not has_one_row_an_id(modules["bitmaps"])
 
 
 def remap_lengths(lengths: list[int]) -> None:

@@ -30,21 +30,16 @@ def collection(config: LMAConfig = CONFIG) -> LMAEmbeddingBagCollection:
 
 
 def learned() -> LMAEmbeddingBagCollection:
-    """A whole table, a level of two columns (packed), one of six with a bitmap, and one that nobody owns."""
-    tables = [table("tiny", 9, 8), table("user", 1000, 8)]
+    """A level of two columns (packed), one of four with a bitmap, and one that nobody owns."""
+    tables = [table("user", 1000, 8)]
     widths, ids = (2, 4, 2), torch.arange(1000)
-    # 10 rows of 16 bytes whole; 1000 + 1 rows of 4, filled up to 501 of 8; a bitmap of 1000 ids; 100 rows of 8.
-    config = LMAConfig(memory_bytes=160 + 501 * 8 + 32 * 8 + 100 * 8 + 4, widths=widths, skew=0)
-    builder = AllocationBuilder(tables, config, whole_fraction=160 / 5000)
+    # 1000 + 1 rows of 4 bytes, filled up to 501 of 8; a bitmap of 1000 ids; 100 rows of 8.
+    config = LMAConfig(memory_bytes=501 * 8 + 32 * 8 + 100 * 8, widths=widths, skew=0)
+    builder = AllocationBuilder(tables, config)
     allocation = builder.update(
-        KeyedJaggedTensor(
-            keys=["f_tiny", "f_user"],
-            # User 5 occurs twice, so that they are not in order of frequency.
-            values=torch.cat([ids[:9], ids, torch.tensor([5])]),
-            lengths=torch.cat([(ids < 9).long(), 1 + (ids == 999).long()]),
-        )
+        # User 5 occurs twice, so that they are not in order of frequency.
+        KeyedJaggedTensor(["f_user"], torch.cat([ids, torch.tensor([5])]), lengths=1 + (ids == 999).long())
     ).build()
-    assert allocation.whole == ("tiny",)
     (memory,) = allocation.memories
     assert [(level.own_rows, level.shared_rows) for level in memory.levels] == [(1000, 1), (100, 0), (0, 0)]
     return LMAEmbeddingBagCollection(tables, allocation)
@@ -63,14 +58,13 @@ def test_weights_and_full_tables_of_every_memory() -> None:
     assert report.memories[0].compression == 16.0
 
 
-def test_levels_whole_tables_and_bitmaps() -> None:
+def test_levels_and_bitmaps() -> None:
     ebc = learned()
     apply_optimizer_in_backward(RowWiseAdagrad, ebc.parameters(), {"lr": 0.1})
     report = ebc.memory_report()
     # One fp32 of the optimizer for each row of a TorchRec table.
     assert [(m.name, m.rows, m.weight_bytes, m.optimizer_bytes, m.allocation_bytes, m.full_bytes)
             for m in report.memories] == [
-        ("tiny", 10, 160, 40, 0, 288),
         ("user_lma8", 601, 501 * 8 + 100 * 8, 601 * 4, 32 * 8, 32_000),
     ]  # fmt: skip
     assert report.weight_bytes + report.allocation_bytes <= ebc.config.memory_bytes

@@ -77,16 +77,15 @@ def memory_of(plan: PlannedMemory) -> MemoryAllocation:
 
 def collection_of(
     plans: Sequence[PlannedMemory],
-    whole: Mapping[str, tuple[int, int]] = {},
     features: Mapping[str, Sequence[str]] = {},
     means: Sequence[str] = (),
     is_weighted: bool = False,
     data_type: str = "FP32",
 ) -> LMAEmbeddingBagCollection:
-    """A collection with the rows of the plans and with whole tables {name: (num_embeddings, dim)}, random weights."""
+    """A collection with the rows of the plans, random weights."""
     raw = tuple(name for plan in plans if plan.raw_ids for name in plan.sizes)
     config = LMAConfig(memory_bytes=1, data_type=data_type, seed=plans[0].seed if plans else 0, raw_ids=raw)
-    sizes = {name: (size, sum(plan.widths)) for plan in plans for name, size in plan.sizes.items()} | dict(whole)
+    sizes = {name: (size, sum(plan.widths)) for plan in plans for name, size in plan.sizes.items()}
     tables = [
         EmbeddingBagConfig(
             name=name,
@@ -99,7 +98,7 @@ def collection_of(
     ]
     specs = tuple(TableSpec(t.name, t.num_embeddings, t.embedding_dim, "FP32", t.name in raw) for t in tables)
     memories = tuple(memory_of(plan) for plan in plans)
-    allocation = Allocation(config, specs, tuple(t.name for t in tables if t.name in whole), memories)
+    allocation = Allocation(config, specs, memories)
     ebc = LMAEmbeddingBagCollection(tables, allocation, is_weighted)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -135,6 +134,9 @@ PLANS = {
     "one row": PlannedMemory(SIZES, shared=[1]),
     "several hashed levels": PlannedMemory(SIZES, widths=[4, 1, 2], owners=[[], [], []], shared=[7, 8, 9], seed=4),
     "all own": PlannedMemory(SIZES, owners=[ALL], shared=[0]),
+    "all own, some more, the others share": PlannedMemory(
+        SIZES, widths=[4, 4, 2], owners=nested(ALL, 170, 60, 9), shared=[0, 6, 0], seed=5
+    ),
     "all own, a row for the unseen": PlannedMemory(SIZES, owners=[ALL], shared=[2]),
     "some own, the others are absent": PlannedMemory(SIZES, owners=nested(ALL, 40), shared=[0]),
     "some own, the others share": PlannedMemory(SIZES, owners=nested(ALL, 64), shared=[11]),
@@ -181,6 +183,8 @@ def test_rows_are_those_of_plain_integers(plan: PlannedMemory, table: str) -> No
 @every_plan
 def test_every_int64_has_rows_in_range(plan: PlannedMemory) -> None:
     ebc = collection_of([plan])
+    # No row is for those outside of a vocabulary: they look at those of id 0.
+    outside_is_0 = len(plan.owners[0]) == sum(plan.sizes.values()) and not plan.shared[0] and not plan.raw_ids
 
     @holds_for_every_input(30)
     @given(st.lists(int64s, min_size=1, max_size=10), st.sampled_from(["a", "b"]))
@@ -188,6 +192,7 @@ def test_every_int64_has_rows_in_range(plan: PlannedMemory) -> None:
         for k, rows in enumerate(level_rows(ebc, table, ids)):
             own, every = len(plan.owners[k]), len(plan.owners[k]) + plan.shared[k]
             for id, row in zip(ids, rows.tolist()):
+                id = 0 if outside_is_0 and plan.position((table, id)) < 0 else id
                 if (table, id) in plan.own_rows[k]:
                     assert 0 <= row < own
                 else:
@@ -301,17 +306,17 @@ def test_equal_ids_of_two_tables_meet_by_chance() -> None:
 
 
 @st.composite
-def collections(draw: st.DrawFn) -> tuple[list[PlannedMemory], dict[str, tuple[int, int]], dict[str, list[str]]]:
-    """Plans of memories, whole tables, and the features of each table; some features feed several tables."""
+def collections(draw: st.DrawFn) -> tuple[list[PlannedMemory], dict[str, list[str]]]:
+    """Plans of memories, and the features of each table; some features feed several tables."""
     seed, names = draw(st.integers(0, 5)), iter("abcdefgh")
-    plans, whole = [], {}
-    for raw_ids in draw(st.lists(st.booleans(), min_size=0, max_size=2, unique=True)):
+    plans = []
+    for raw_ids in draw(st.lists(st.booleans(), min_size=1, max_size=2, unique=True)):
         dim_widths = draw(st.sampled_from([[4], [1], [2, 2, 4], [1, 1, 2], [4, 4], [1, 2], [8, 4, 2]]))
         sizes = {next(names): draw(st.integers(1, 70)) for _ in range(draw(st.integers(1, 2)))}
         ids = [(table, id) for table, size in sizes.items() for id in range(size)]
         if raw_ids:
             ids = [(table, id * 2**35 - 3) for table, id in ids]
-        counts = sorted((draw(st.integers(0, len(ids))) for _ in dim_widths), reverse=True)
+        counts = sorted((draw(st.integers(0, len(ids)) | st.just(len(ids))) for _ in dim_widths), reverse=True)
         shared = [draw(st.integers(0, 9)) for _ in dim_widths]
         if counts[0] + sum(shared) == 0:
             shared[0] = 1
@@ -319,23 +324,21 @@ def collections(draw: st.DrawFn) -> tuple[list[PlannedMemory], dict[str, tuple[i
         with_signature = ids[:: draw(st.integers(2, 5))] if draw(st.booleans()) else []
         signatures = some_signatures(with_signature, draw(st.integers(1, 3)))
         plans.append(PlannedMemory(sizes, raw_ids, dim_widths, owners, shared, signatures, seed))
-    for _ in range(draw(st.integers(0 if plans else 1, 2))):
-        whole[next(names)] = (draw(st.integers(1, 9)), draw(st.sampled_from([4, 8])))
-    tables = [name for plan in plans for name in plan.sizes] + list(whole)
+    tables = [name for plan in plans for name in plan.sizes]
     pool = [f"f{i}" for i in range(4)]
     features = {table: draw(st.lists(st.sampled_from(pool), min_size=1, max_size=3, unique=True)) for table in tables}
-    return plans, whole, features
+    return plans, features
 
 
 @holds_for_every_input(150)
 @given(collections(), st.data())
 def test_embeddings_are_the_weights_at_the_rows(
-    parts: tuple[list[PlannedMemory], dict[str, tuple[int, int]], dict[str, list[str]]], data: st.DataObject
+    parts: tuple[list[PlannedMemory], dict[str, list[str]]], data: st.DataObject
 ) -> None:
-    plans, whole, features = parts
+    plans, features = parts
     means = data.draw(st.lists(st.sampled_from(sorted(features)), unique=True))
     is_weighted = data.draw(st.booleans())
-    ebc = collection_of(plans, whole, features, means, is_weighted)
+    ebc = collection_of(plans, features, means, is_weighted)
     keys = data.draw(st.permutations(sorted({f for names in features.values() for f in names} | {"unused"})))
     ids = st.integers(-4, 80) | st.sampled_from([i * 2**35 - 3 for i in range(70)]) | int64s
     batch = data.draw(st.integers(1, 3))
@@ -355,9 +358,6 @@ def test_embeddings_are_the_weights_at_the_rows(
     weights = {name: bag.weight.detach().double().numpy() for name, bag in ebc.levels.embedding_bags.items()}
 
     def embedding(table: str, id: int) -> np.ndarray:
-        if table in whole:
-            size = whole[table][0]
-            return weights[table][id if 0 <= id < size else size]
         plan = next(plan for plan in plans if table in plan.sizes)
         columns = []
         for k, width in enumerate(plan.widths):
@@ -427,7 +427,7 @@ def shared(kind: str, ids: Tensor, rows: int) -> Tensor:
     table = EmbeddingBagConfig(name="a", num_embeddings=9, embedding_dim=dim, feature_names=["a"])
     memory = MemoryAllocation(f"a_lma{dim}", dim, True, ("a",), levels, tensors)
     config = LMAConfig(memory_bytes=1, raw_ids=True)
-    allocation = Allocation(config, (TableSpec("a", 9, dim, "FP32", True),), (), (memory,))
+    allocation = Allocation(config, (TableSpec("a", 9, dim, "FP32", True),), (memory,))
     return level_rows(LMAEmbeddingBagCollection([table], allocation), "a", ids)
 
 

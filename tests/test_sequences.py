@@ -51,7 +51,7 @@ def test_forward_is_a_vector_for_each_id(kind: str, need_indices: bool) -> None:
 
 def test_the_levels_are_collections_of_one_width_each() -> None:
     ec = collection("narrow")
-    assert set(ec.levels) == {"4", "8", "16"}
+    assert set(ec.levels) == {"4", "8"}
     for width, levels in ec.levels.items():
         assert type(levels) is EmbeddingCollection and levels.embedding_dim() == int(width)
     names = [config.name for config in ec.level_configs()]
@@ -205,10 +205,10 @@ def test_vectors_move_to_another_allocation() -> None:
     ec = LMAEmbeddingCollection.from_embedding_collection(full_tables(), allocation())
     ids = {name: torch.arange(rows) for name, (rows, _) in TABLES.items()}
     config = LMAConfig(memory_bytes=1 << 20, data_type="FP32")
-    whole = AllocationBuilder(tables(), config, whole_fraction=1).update(batch()).build()
-    result = reallocate(ec, whole, ids)
+    full = AllocationBuilder(tables(), config).update(batch()).build()
+    result = reallocate(ec, full, ids)
     assert type(result.module) is LMAEmbeddingCollection and result.module.need_indices()
-    assert whole.whole == tuple(TABLES)  # so that nothing is lost
+    assert [[level.width for level in m.levels] for m in full.memories] == [[DIM]]  # so that nothing is lost
     for name, of_table in ids.items():
         assert torch.equal(result.module.materialize(name, of_table), ec.materialize(name, of_table))
 

@@ -15,7 +15,7 @@ from torchrec_lma.allocation.artifact import Allocation, MemoryAllocation
 from torchrec_lma.config import LMAConfig
 from torchrec_lma.features import Slot, slots_of, to_int64
 from torchrec_lma.memory_report import MemoryReport, report_memory
-from torchrec_lma.remap import Remap, level_key, whole_key
+from torchrec_lma.remap import Remap, level_key
 
 
 class LMACollection(nn.Module):
@@ -132,7 +132,7 @@ class LMACollection(nn.Module):
         self.strict = strict
 
     def level_configs(self) -> list[Any]:
-        """What TorchRec stores and shards: whole tables, and the levels of each memory that have rows."""
+        """What TorchRec stores and shards: the levels of each memory that have rows."""
         return [config for plain in self.plain_collections() for config in configs_of(plain)]
 
     def stored_tables(self) -> dict[str, Any]:
@@ -149,17 +149,13 @@ class LMACollection(nn.Module):
             table: name of a logical table.
             ids: integer [N], any values.
         Returns:
-            For each level of the table's memory, by the name of its TorchRec table (for a whole table its own name),
-            int64 [N]: the row of each id, own rows before shared ones, -1 where the id is absent. A level of 1 or 2
+            For each level of the table's memory, by the name of its TorchRec table, int64 [N]: the row of each id, own
+            rows before shared ones, -1 where the id is absent. A level of 1 or 2
             columns has several of its rows in one row of the TorchRec table: see `allocation.layout.Level.pack`.
         Raises:
             ValueError: an unknown table. TypeError: ids that are not integers.
         """
-        slot, ids = self._slot(table), self._ids(ids)
-        if slot.table in self._allocation.whole:
-            size = next(t.num_embeddings for t in self._tables if t.name == table)
-            return {table: torch.where((ids >= 0) & (ids < size), ids, size)}
-        memory = self._memory(table)
+        memory, ids = self._memory(table), self._ids(ids)
         remap: Any = self.remap.memories[memory.name]
         members = [s.table for t in memory.tables for s in self._slots.values() if s.table == t]
         index = torch.full_like(ids, members.index(table))
@@ -195,25 +191,19 @@ class LMACollection(nn.Module):
     def level_weights(self, table: str) -> Iterator[tuple[int, Tensor | None]]:
         """Of each level of a table, in the order of `rows`, its width and its weights by row, [rows, width].
 
-        The weights are views; None for a level without rows. A whole table has one row more, for unseen ids.
+        The weights are views; None for a level without rows.
         """
         stored = self.stored_tables()
-        if table in self._allocation.whole:
-            yield self._slot(table).dim, stored[table].weight
-            return
         memory = self._memory(table)
         for k, level in enumerate(memory.levels):
             name = memory.level_name(k)
             yield level.width, stored[name].weight.view(-1, level.width) if level.rows else None
 
-    def _slot(self, table: str) -> Slot:
-        for slot in self._slots.values():
-            if slot.table == table:
-                return slot
-        raise ValueError(f"unknown table {table!r}; this collection has {[t.name for t in self._tables]}")
-
     def _memory(self, table: str) -> MemoryAllocation:
-        return next(memory for memory in self._allocation.memories if table in memory.tables)
+        for memory in self._allocation.memories:
+            if table in memory.tables:
+                return memory
+        raise ValueError(f"unknown table {table!r}; this collection has {[t.name for t in self._tables]}")
 
     def _ids(self, ids: Tensor) -> Tensor:
         if ids.dim() != 1:
@@ -256,24 +246,14 @@ def level_tables(
     allocation: Allocation,
     slots: Sequence[Slot],
 ) -> list[BaseEmbeddingConfig]:
-    """The TorchRec tables of a collection: whole tables, then the levels of each memory that have rows.
+    """The TorchRec tables of a collection: the levels of each memory that have rows.
 
     Where they pool it is SUM, the default: what a MEAN is divided by is the number of ids of a bag, not that of those
     present on a level.
     """
     by_name = {table.name: table for table in tables}
     data_type = allocation.config.weight_type
-    configs = [
-        config_type(
-            name=name,
-            num_embeddings=by_name[name].num_embeddings + 1,  # the last row is that of unseen ids
-            embedding_dim=by_name[name].embedding_dim,
-            feature_names=[whole_key(slot) for slot in slots if slot.table == name],
-            data_type=data_type,
-            **_initialisation([by_name[name]]),
-        )
-        for name in allocation.whole
-    ]
+    configs = []
     for memory in allocation.memories:
         members = [slot for table in memory.tables for slot in slots if slot.table == table]
         initialisation = _initialisation([by_name[name] for name in memory.tables])

@@ -25,9 +25,9 @@ class LMAConfig:
         memory_bytes: the budget itself, in bytes. Memories (one for each embedding dim) share it in proportion to their
             full sizes.
         widths: columns of each level, first to last; they add up to the embedding dim. For tables of several dims a
-            mapping from dim to widths. None chooses: the first as wide as half of the budget allows to every id, then
-            twice the columns with each. See `torchrec_lma.allocation.layout.default_widths`.
-        data_type: of the weights of levels and whole tables: FP32, FP16 or BF16, a DataType or its name. None is FP16,
+            mapping from dim to widths. None chooses: the first as wide as the budget allows to every id, then twice the
+            columns with each. See `torchrec_lma.allocation.layout.default_widths`.
+        data_type: of the weights of levels: FP32, FP16 or BF16, a DataType or its name. None is FP16,
             which buys more accuracy at equal bytes than FP32 does.
         skew: an id that occurs n times earns columns in proportion to n ** skew, as in mixed dimension embeddings
             (Ginart et al., arXiv 1909.11810). With 0 all ids earn the same, and what does not suffice for another level

@@ -221,19 +221,23 @@ def _fit(
     """
     device = device_of(lma)
     sizes = {table.name: table.num_embeddings for table in lma.tables}
-    groups: list[tuple[Sequence[str], list[int]]]
-    groups = [((name,), [sizes[name]]) for name in lma.allocation.whole]  # each id of a whole table owns a row
-    groups += [(memory.tables, [level.own_rows for level in memory.levels]) for memory in lma.allocation.memories]
-    for tables, own_rows in groups:
-        widths, weights = zip(*lma.level_weights(tables[0]))
-        solvers = [None if w is None else LeastSquares(w, own) for w, own in zip(weights, own_rows, strict=True)]
-        for table in tables:
+    for memory in lma.allocation.memories:
+        widths, weights = zip(*lma.level_weights(memory.tables[0]))
+        solvers = [
+            None if w is None else LeastSquares(w, level.own_rows)
+            for w, level in zip(weights, memory.levels, strict=True)
+        ]
+        for table in memory.tables:
             for chunk in _chunks(ids[table].numel(), sum(widths)):
                 each = id_weights[table][chunk].to(device) if table in id_weights else None
                 columns = vectors(table, chunk).to(device).split(widths, dim=1)
-                for solver, rows, part in zip(solvers, lma.rows(table, ids[table][chunk].to(device)).values(), columns):
+                of_chunk = ids[table][chunk].to(device)
+                # Where no row is shared those outside of a vocabulary look at the rows of id 0, which are not theirs.
+                have_rows = torch.tensor(memory.raw_ids or memory.levels[0].shared_rows > 0, device=device)
+                have_rows = have_rows | ((of_chunk >= 0) & (of_chunk < sizes[table]))
+                for solver, rows, part in zip(solvers, lma.rows(table, of_chunk).values(), columns):
                     if solver is not None:
-                        solver.add(rows, part, each)
+                        solver.add(torch.where(have_rows, rows, -1), part, each)
         for solver in solvers:
             if solver is not None:
                 solver.write()

@@ -134,6 +134,7 @@ def rows_kernel(
     N_ALL_SLOTS: tl.constexpr,
     SLOT_BITS: tl.constexpr,  # 2 ** SLOT_BITS >= slots
     RAW_IDS: tl.constexpr,
+    OUTSIDE_IS_0: tl.constexpr,
     KINDS: tl.constexpr,  # of the owners of each level
     OWN_ROWS: tl.constexpr,
     SHARED_ROWS: tl.constexpr,
@@ -154,17 +155,19 @@ def rows_kernel(
     end = tl.load(slot_starts + N_ALL_SLOTS * slot_stride)  # lengths may add up to less than there are values
     is_id = (at < n) & (at < end) & (slot >= 0) & (slot < N_SLOTS)
     value = tl.load(ids + at, mask=is_id, other=0).to(tl.int64)
+    inside = is_id
+    if not RAW_IDS:
+        inside = is_id & (value >= 0) & (value < tl.load(sizes + slot, mask=is_id, other=0))
+        if OUTSIDE_IS_0:
+            value = tl.where(inside, value, 0)
     mixed = value
     if salts is not None:
         mixed = _mix64(value ^ tl.load(salts + slot, mask=is_id, other=0))
-    if RAW_IDS:
-        position = mixed
-    else:
-        inside = is_id & (value >= 0) & (value < tl.load(sizes + slot, mask=is_id, other=0))
-        position = value
-        if first is not None:
-            position += tl.load(first + slot, mask=is_id, other=0)
-        position = tl.where(inside, position, -1)
+    position = mixed
+    if not RAW_IDS:
+        position = value + tl.load(first + slot, mask=is_id, other=0)
+        if not OUTSIDE_IS_0:
+            position = tl.where(inside, position, -1)
         n_outside = tl.sum((is_id & ~inside).to(tl.int64))
         if n_outside > 0:
             tl.atomic_add(outside, n_outside)

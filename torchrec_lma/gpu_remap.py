@@ -32,44 +32,18 @@ _KNOWN: WeakKeyDictionary[MemoryRemap, tuple[int, bool, dict[str, Any]]] = WeakK
 
 @dataclass(frozen=True)
 class _Group:
-    """Slots that one launch takes: those of whole tables, or of a memory.
+    """Slots that one launch takes: those of a memory.
 
     Attributes:
         n_tables: how many table rows an id can have.
+        nobody_is_absent: whether each has as many.
         arguments: of `rows_kernel`, by name.
     """
 
     n_slots: int
     n_tables: int
+    nobody_is_absent: bool
     arguments: dict[str, Any]
-
-    @classmethod
-    def of_whole(cls, remap: "Remap") -> "_Group":
-        """As one level on which all ids own a row, and those that are outside share one for each table, the last."""
-        arguments = {
-            "sizes": remap.whole_sizes,
-            "first": None,
-            "salts": None,
-            "rows_of_slots": remap.whole_sizes,
-            "signatures": None,
-            "signed": (None, None),
-            "owners": (None, None, None),
-            "RAW_IDS": False,
-            "KINDS": (ALL.value,),
-            "OWN_ROWS": (1,),
-            "SHARED_ROWS": (1,),
-            "BY_TABLE": (True,),
-            "PACKS": (1,),
-            "MULTIPLIERS": (1,),
-            "BITS": 0,
-            "STEPS": 0,
-            "SIGNATURES": 0,
-            "SIGNATURE_SALT": 0,
-            "SIGNED_KIND": NONE.value,
-            "SIGNED_BITS": 0,
-            "SIGNED_STEPS": 0,
-        }
-        return cls(remap.n_whole, 1, arguments)
 
     @classmethod
     def of_memory(cls, memory: MemoryRemap) -> "_Group":
@@ -85,7 +59,8 @@ class _Group:
             "signed": _tensors(memory.signed)[:2] if memory.has_signatures else (None, None),
             "owners": tuple(tensor for owners in memory.owners for tensor in _tensors(owners)),
         }
-        return cls(memory.sizes.numel(), n_tables, arguments | constants)
+        nobody_is_absent = memory.nobody_is_absent and n_tables == 1
+        return cls(memory.sizes.numel(), n_tables, nobody_is_absent, arguments | constants)
 
 
 def _of_allocation(memory: MemoryRemap) -> tuple[int, bool, dict[str, Any]]:
@@ -102,6 +77,7 @@ def _of_allocation(memory: MemoryRemap) -> tuple[int, bool, dict[str, Any]]:
         signed_kind, signed_bits, signed_steps = _kind(memory.signed)
     constants = {
         "RAW_IDS": memory.raw_ids,
+        "OUTSIDE_IS_0": memory.outside_is_0,
         "KINDS": kinds,
         "OWN_ROWS": tuple(memory.own_rows),
         "SHARED_ROWS": tuple(memory.shared_rows),
@@ -161,8 +137,7 @@ def remap_batch(
         slot_starts = offsets.index_select(0, torch.tensor(ends).to(offsets.device, non_blocking=True))
     else:
         slot_starts = offsets[:: batch.stride()]
-    groups = [_Group.of_whole(remap)] if remap.n_whole else []
-    groups += [_Group.of_memory(memory) for memory in remap.memories.values()]  # type: ignore[arg-type]
+    groups = [_Group.of_memory(memory) for memory in remap.memories.values()]  # type: ignore[arg-type]
     rows = torch.empty([sum(group.n_tables for group in groups), n], dtype=torch.int32, device=ids.device)
     outside = torch.zeros([], dtype=torch.int64, device=ids.device)
     table, slot = 0, 0
@@ -185,26 +160,32 @@ def remap_batch(
         )
         of_keys.append((slice(table, table + group.n_tables), slice(ends[slot], ends[slot + group.n_slots])))
         table, slot = table + group.n_tables, slot + group.n_slots
-    until = (rows.view(-1) >= 0).cumsum(0, dtype=torch.int32)
-    kept, lengths = torch.empty_like(until), until.new_empty([table, n_bags])
-    kept_ids = torch.empty_like(until) if remap.is_weighted else None
-    kept_kernel[(triton.cdiv(max(rows.numel(), lengths.numel()), _BLOCK),)](
-        rows,
-        until,
-        offsets,
-        kept,
-        kept_ids,
-        lengths,
-        n,
-        rows.numel(),
-        n_bags,
-        lengths.numel(),
-        BLOCK=_BLOCK,
-    )
-    parts = [lengths[tables, bags].flatten() for tables, bags in of_keys]
-    of_bags = parts[0] if len(parts) == 1 else torch.cat(parts)
+    kept_ids: Tensor | None = None
+    if len(groups) == 1 and groups[0].nobody_is_absent:
+        kept, of_bags, n_rows = rows.view(-1), batch.lengths().to(torch.int32), offsets[-1:]
+    else:
+        until = (rows.view(-1) >= 0).cumsum(0, dtype=torch.int32)
+        kept, lengths = torch.empty_like(until), until.new_empty([table, n_bags])
+        if remap.is_weighted:
+            kept_ids = torch.empty_like(until)
+        kept_kernel[(triton.cdiv(max(rows.numel(), lengths.numel()), _BLOCK),)](
+            rows,
+            until,
+            offsets,
+            kept,
+            kept_ids,
+            lengths,
+            n,
+            rows.numel(),
+            n_bags,
+            lengths.numel(),
+            BLOCK=_BLOCK,
+        )
+        parts = [lengths[tables, bags].flatten() for tables, bags in of_keys]
+        of_bags = parts[0] if len(parts) == 1 else torch.cat(parts)
+        n_rows = until[-1:]
     sums = of_bags.sum().view(1) if is_variable else of_bags.view(-1, batch.stride()).sum(1)
-    *of_each_key, m, n_given = torch.cat([sums, until[-1:], offsets[-1:]]).tolist()
+    *of_each_key, m, n_given = torch.cat([sums, n_rows, offsets[-1:]]).tolist()
     if min(of_each_key) < 0 or sum(of_each_key) != m or not 0 <= n_given <= n:
         raise ValueError(
             f"the KeyedJaggedTensor has lengths that are negative, or {n} values and lengths that add up to {n_given}; "
@@ -213,4 +194,6 @@ def remap_batch(
     weights: Tensor | None = None
     if kept_ids is not None:  # they may be trained: an operator that autograd knows
         weights = batch.weights().index_select(0, kept_ids[:m])
+    elif remap.is_weighted:
+        weights = batch.weights()[:m]
     return kept[:m], of_bags, weights, None if is_variable else of_each_key, outside

@@ -27,7 +27,8 @@ class MemoryRemap(nn.Module):
     are sorted by frequency), and each level looks at fewer ids than the one before. Shared rows, where the level has
     some, are a hash of the id, or of its signature value k mod K, so that ids which agree on it share the row (arXiv
     2103.06124, section 4.2). If they are no more than the tables, as where every id that was seen owns a row, each is
-    for the other ids of a table.
+    for the other ids of a table. Where all ids of the vocabularies own a row of level 0, and none is shared, an id
+    outside of its vocabulary is taken for id 0, as FBGEMM's bounds check does.
 
     Args:
         memory: its allocation.
@@ -39,6 +40,8 @@ class MemoryRemap(nn.Module):
     # Final, so that TorchScript drops the branches that a memory does not use.
     raw_ids: Final[bool]
     has_signatures: Final[bool]
+    outside_is_0: Final[bool]
+    nobody_is_absent: Final[bool]  # on level 0
     first: Tensor
     sizes: Tensor
     salts: Tensor
@@ -60,6 +63,9 @@ class MemoryRemap(nn.Module):
         sizes = [num_embeddings[table] for table in memory.tables]
         positions = sum(sizes)
         self.positions_fit_int32 = positions <= MAX_ROWS
+        all_own, none_shared = self.own_rows[0] == positions and not self.raw_ids, self.shared_rows[0] == 0
+        self.outside_is_0 = all_own and none_shared
+        self.nobody_is_absent = (all_own or not none_shared) and self.packs[0] == 1
         self.owners = nn.ModuleList(owners_of_levels(memory, slots, positions))
         self.has_signatures = "signatures" in tensors
         if self.has_signatures:
@@ -97,15 +103,21 @@ class MemoryRemap(nn.Module):
             int64 [], how many ids are outside of their vocabulary.
         """
         of_tables, outside = self.rows(ids, slot)
-        rows = cat(of_tables)
-        present = rows >= 0
-        kept = places(present)
-        n, n_tables = ids.size(0), len(of_tables)
-        starts = torch.arange(n_tables, device=ids.device).unsqueeze(1) * n
-        before = count_before(present).index_select(0, (offsets + starts).flatten()).view(n_tables, -1)
-        if weights is not None:
-            weights = weights.index_select(0, kept if n_tables == 1 else kept % n)
-        return rows.index_select(0, kept), (before[:, 1:] - before[:, :-1]).flatten(), weights, outside
+        all_rows: list[Tensor] = []
+        all_lengths: list[Tensor] = []
+        all_weights: list[Tensor] = []
+        if self.nobody_is_absent:
+            all_rows.append(of_tables.pop(0))
+            all_lengths.append((offsets[1:] - offsets[:-1]).to(torch.int32))
+            if weights is not None:
+                all_weights.append(weights)
+        if len(of_tables) > 0:
+            rows, lengths, kept = with_rows(of_tables, offsets)
+            all_rows.append(rows)
+            all_lengths.append(lengths)
+            if weights is not None:
+                all_weights.append(weights.index_select(0, kept))
+        return cat(all_rows), cat(all_lengths), cat(all_weights) if weights is not None else None, outside
 
     def rows(self, ids: Tensor, slot: Tensor) -> tuple[list[Tensor], Tensor]:
         """
@@ -122,7 +134,11 @@ class MemoryRemap(nn.Module):
             outside = torch.zeros([], dtype=torch.int64, device=ids.device)
         else:
             inside = (ids >= 0) & (ids < self.sizes.index_select(0, slot))
-            position = torch.where(inside, ids + self.first.index_select(0, slot), -1)
+            if self.outside_is_0:
+                ids = torch.where(inside, ids, 0)
+                position = ids + self.first.index_select(0, slot)
+            else:
+                position = torch.where(inside, ids + self.first.index_select(0, slot), -1)
             if self.positions_fit_int32:  # half the bytes, twice the speed
                 position = position.to(torch.int32)
             outside = (~inside).sum()
@@ -159,6 +175,26 @@ class MemoryRemap(nn.Module):
             by_value = mix64(values.to(torch.int64) ^ self.signature_salt)
             keys = torch.where(found >= 0, by_value, keys)
         return (to_row(keys, self.multipliers[k], self.shared_rows[k]) + self.own_rows[k]).to(torch.int32)
+
+
+def with_rows(of_tables: list[Tensor], offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Leaves out ids that have no row.
+
+    Args:
+        of_tables: of each int32 [L], rows, or negative where an id has none.
+        offsets: int64 [bags + 1], where the bags begin.
+    Returns:
+        Rows int32 [M], lengths int32 [tables * bags], and int64 [M], which of the L ids each is.
+    """
+    rows = cat(of_tables)
+    present = rows >= 0
+    kept = places(present)
+    n_tables = len(of_tables)
+    n = of_tables[0].size(0)
+    starts = torch.arange(n_tables, device=rows.device).unsqueeze(1) * n
+    before = count_before(present).index_select(0, (offsets + starts).flatten()).view(n_tables, -1)
+    lengths = (before[:, 1:] - before[:, :-1]).flatten()
+    return rows.index_select(0, kept), lengths, kept if n_tables == 1 else kept % n
 
 
 @torch.fx.wrap

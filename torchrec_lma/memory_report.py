@@ -1,6 +1,6 @@
 """Where the bytes of a collection go."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fbgemm_gpu.split_embedding_configs import EmbOptimType as OptimType
@@ -12,10 +12,10 @@ from torchrec_lma.text_table import text_table
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """Bytes of one memory or whole table, or of the whole collection, over all ranks together.
+    """Bytes of one memory, or of the whole collection, over all ranks together.
 
     Attributes:
-        name: of the memory or whole table, or "total".
+        name: of the memory, or "total".
         rows: of the TorchRec tables, all levels together.
         weight_bytes: the tables themselves.
         optimizer_bytes: state of the fused or in-backward optimizer; 0 where the optimizer is not the collection's.
@@ -105,25 +105,18 @@ def optimizer_state_bytes(optimizer: OptimType | None, rows: int, dim: int) -> i
 def report_memory(allocation: Allocation, optimizers: Mapping[str, OptimType | None]) -> MemoryReport:
     """The report of tables that train with the given FBGEMM optimizers, by name (None: the optimizer is not fused)."""
     value_bytes = bytes_per_value(allocation.config.weight_type)
-
-    def use(name: str, tables: Mapping[str, tuple[int, int]], full: Sequence[str], allocation_bytes: int) -> MemoryUse:
-        return MemoryUse(
-            name=name,
-            rows=sum(rows for rows, _ in tables.values()),
-            weight_bytes=sum(rows * dim for rows, dim in tables.values()) * value_bytes,
-            optimizer_bytes=sum(
-                optimizer_state_bytes(optimizers.get(table), rows, dim) for table, (rows, dim) in tables.items()
-            ),
-            allocation_bytes=allocation_bytes,
-            full_bytes=sum(table.full_bytes for table in allocation.tables if table.name in full),
-        )
-
-    uses = [
-        use(table.name, {table.name: (table.num_embeddings + 1, table.embedding_dim)}, [table.name], 0)
-        for table in allocation.tables
-        if table.name in allocation.whole
-    ]
+    uses = []
     for memory in allocation.memories:
         levels = {memory.level_name(k): (level.table_rows, level.table_width) for k, level in enumerate(memory.levels)}
-        uses.append(use(memory.name, levels, memory.tables, memory.nbytes))
+        use = MemoryUse(
+            name=memory.name,
+            rows=sum(rows for rows, _ in levels.values()),
+            weight_bytes=sum(rows * width for rows, width in levels.values()) * value_bytes,
+            optimizer_bytes=sum(
+                optimizer_state_bytes(optimizers.get(name), rows, width) for name, (rows, width) in levels.items()
+            ),
+            allocation_bytes=memory.nbytes,
+            full_bytes=sum(table.full_bytes for table in allocation.tables if table.name in memory.tables),
+        )
+        uses.append(use)
     return MemoryReport(tuple(uses))

@@ -212,7 +212,7 @@ def regroup(
 
 @dataclass(frozen=True)
 class Pieces:
-    """Where the columns of embeddings come from: groups of slots, each of whole tables or of a memory.
+    """Where the columns of embeddings come from: groups of slots, each of a memory.
 
     Attributes:
         tables: of each level table, or place of a packed one, the keys of the batch of rows, one for each slot of its
@@ -252,10 +252,8 @@ class Pieces:
             allocation, remap: of the collection.
             mean_tables: which logical tables pool MEAN.
         """
-        whole = [slot for slot in slots if slot.table in allocation.whole]
-        counts = [1] * len(whole) + remap.memory_slots
-        levels = [[(slot.dim, 1)] for slot in whole]
-        levels += [[(lv.width, lv.pack if lv.rows else 0) for lv in m.levels] for m in allocation.memories]
+        counts = remap.memory_slots
+        levels = [[(lv.width, lv.pack if lv.rows else 0) for lv in m.levels] for m in allocation.memories]
         keys = iter(remap.keys)
         placed = list(dict.fromkeys(remap.sources))
         order = [placed.index(i) for i in range(len(slots))]

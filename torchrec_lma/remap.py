@@ -28,7 +28,7 @@ torch.fx.wrap("take_features")
 
 
 class Remap(nn.Module):
-    """Turns a batch of raw ids into one of rows: the input of the plain collection of level tables and whole tables.
+    """Turns a batch of raw ids into one of rows: the input of the plain collection of level tables.
 
     A child of the collection, sharded or not, so that the allocation travels in every state_dict and checkpoint, and
     weights that were trained under another one are refused.
@@ -39,8 +39,8 @@ class Remap(nn.Module):
         is_weighted: whether batches carry per-sample weights.
 
     Attributes:
-        keys: of the batch of rows: `<table>/<feature>` of whole tables, then for each level of each memory, for each
-            place in a packed row, `<table>/<feature>/<level>/<place>`.
+        keys: of the batch of rows: for each level of each memory, for each place in a packed row,
+            `<table>/<feature>/<level>/<place>`.
         sources: the index in `slots` of each key.
         out_of_vocabulary: int64 [], how many ids so far were outside of their vocabulary. They are treated as unseen.
         strict: raise an error for them instead.
@@ -50,7 +50,6 @@ class Remap(nn.Module):
     fingerprint: Tensor
     header: Tensor
     out_of_vocabulary: Tensor
-    whole_sizes: Tensor
 
     def __init__(self, allocation: Allocation, slots: Sequence[Slot], is_weighted: bool) -> None:
         super().__init__()
@@ -64,14 +63,7 @@ class Remap(nn.Module):
 
         self.keys: list[str] = []
         self.sources: list[int] = []
-        whole = [i for i, slot in enumerate(slots) if slot.table in allocation.whole]
-        self.keys += [whole_key(slots[i]) for i in whole]
-        self.sources += whole
-        self.register_buffer(
-            "whole_sizes", torch.tensor([num_embeddings[slots[i].table] for i in whole]).long(), persistent=False
-        )
-        order = list(whole)
-        self.n_whole = len(whole)
+        order: list[int] = []
         self.memory_slots: list[int] = []
         memories: dict[str, nn.Module] = {}
         for memory in allocation.memories:
@@ -111,16 +103,7 @@ class Remap(nn.Module):
         all_lengths: list[Tensor] = []
         all_weights: list[Tensor] = []
         outside: list[Tensor] = []
-        first, m = self.n_whole, 0
-        if self.n_whole > 0:
-            whole = ids[0 : ends[first]]  # [0 : n]: of [:n], n from the data, AOTInductor makes invalid C++
-            sizes = self.whole_sizes.repeat_interleave(counts[:first], output_size=whole.numel())
-            inside = (whole >= 0) & (whole < sizes)
-            all_rows.append(torch.where(inside, whole, sizes).to(torch.int32))  # the last row is that of unseen ids
-            all_lengths.append(lengths[0 : bags[first]].to(torch.int32))
-            if weights is not None:
-                all_weights.append(weights[0 : ends[first]])
-            outside.append((~inside).sum())
+        first, m = 0, 0
         for memory in self.memories.values():
             end = first + self.memory_slots[m]
             begins = ends[first]
@@ -194,11 +177,6 @@ def _has_kernel(batch: KeyedJaggedTensor, device: torch.device) -> bool:
         return False
     on_gpu = device.type == "cuda" and batch.values().device == device
     return USE_TRITON and on_gpu and batch.values().numel() > 0 and batch.lengths().numel() > 0
-
-
-def whole_key(slot: Slot) -> str:
-    """The key of the batch of rows that feeds a whole table."""
-    return f"{slot.table}/{slot.feature}"
 
 
 def level_key(slot: Slot, level: int, place: int) -> str:

@@ -38,7 +38,7 @@ def tables(ids: int, dim: int) -> list[EmbeddingBagConfig]:
 
 def allocation(ids: int, dim: int) -> Allocation:
     """Every id occurs, the smaller numbers more often."""
-    builder = AllocationBuilder(tables(ids, dim), CONFIG, whole_fraction=0.0)
+    builder = AllocationBuilder(tables(ids, dim), CONFIG)
     for start in range(0, ids // 4, 1 << 16):
         these = torch.arange(start, min(ids // 4, start + (1 << 16)))
         again = these[torch.rand(these.numel()) < 1000 / (1 + these)]

@@ -111,7 +111,7 @@ def sketched(tables: list[EmbeddingBagConfig], config: LMAConfig) -> Allocation:
     sizes = {table.name: table.num_embeddings for table in tables}
     memories = [scaled(memory, sizes) for memory in built.memories]
     specs = all_tables(tables, lay_out(tables, config))
-    return Allocation(config, specs, built.whole, tuple(memories), built.provenance)
+    return Allocation(config, specs, tuple(memories), built.provenance)
 
 
 def scaled(memory: MemoryAllocation, sizes: dict[str, int]) -> MemoryAllocation:

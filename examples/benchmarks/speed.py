@@ -434,8 +434,7 @@ def main() -> None:
                     for label, allocation in allocations.items():
                         for memory in allocation.memories:
                             levels = ", ".join(f"{level.width} x {level.rows:,}" for level in memory.levels)
-                            whole = len(allocation.whole)
-                            print(f"{label}: {whole} whole tables, {len(memory.tables)} in levels {levels}")
+                            print(f"{label}: {len(memory.tables)} tables in levels {levels}")
                     print(show(rows), flush=True)
     if args.json:
         print(json.dumps(records))

@@ -214,7 +214,7 @@ class Parts:
 
 
 def parts(workload: Workload, allocation: Allocation) -> dict[str, Parts]:
-    """Of full tables, and of LMA: of the whole tables, and of each level of the memories."""
+    """Of full tables, and of each level of LMA tables."""
     batch = workload.batch(0)
     ids = batch.values().numel()
     remap = LMAEmbeddingBagCollection(workload.tables(), allocation, device=META).remap
@@ -222,8 +222,7 @@ def parts(workload: Workload, allocation: Allocation) -> dict[str, Parts]:
     result = {"full tables": Parts.of(batch, ids)}
     of_part: dict[str, list[int]] = {}
     for i, key in enumerate(rows.keys()):
-        pieces = key.split("/")
-        of_part.setdefault("whole tables" if len(pieces) == 2 else f"level {pieces[2]}", []).append(i)
+        of_part.setdefault(f"level {key.split('/')[2]}", []).append(i)
     for name, members in of_part.items():
         result[name] = Parts.of(rows.permute(members), ids)
     return result
@@ -292,7 +291,7 @@ def main() -> None:
         print(
             f"\n{name}: {len(workload.sizes)} tables of {min(workload.sizes):,} to {max(workload.sizes):,} rows of dim "
             f"64, {pooling} ids a bag, batch {args.batch_size} on each of {args.world_size} ranks "
-            f"({args.local_size} on a host), {args.qcomm}; {len(allocation.whole)} tables whole, levels of "
+            f"({args.local_size} on a host), {args.qcomm}; levels of "
             + ", ".join(str(tuple(level.width for level in memory.levels)) for memory in allocation.memories)
             + " columns"
         )

@@ -18,7 +18,7 @@ from support.integer_reference import index_order, reference_key, reference_mix6
 from torchrec_lma import Allocation, AllocationBuilder, LMAConfig, LMAEmbeddingBagCollection
 from torchrec_lma.allocation import RowsMinHash
 from torchrec_lma.allocation.bitmap import build_bitmap
-from torchrec_lma.allocation.layout import default_widths
+from torchrec_lma.allocation.layout import Level, default_widths
 from torchrec_lma.allocation.ownership import Costs, choose_owners
 from torchrec_lma.allocation.sample import RowSample
 from torchrec_lma.owners import RangeOwners
@@ -244,8 +244,9 @@ def test_batches_of_which_no_row_is_sampled_take_no_memory() -> None:
 
 
 def reference_bytes(own: Sequence[int], widths: Sequence[int], value_bytes: int, positions: int | None) -> int:
-    """Rows, and 6 bytes an id and 12 of an index, or 8 bytes for each 32 ids that a bitmap is about."""
-    total = sum(n * width * value_bytes for n, width in zip(own, widths))
+    """Rows, narrow ones filled up to 4 columns together, and 6 bytes an id and 12 of an index, or 8 bytes for each 32
+    ids that a bitmap is about."""
+    total = sum(-(-n * width // 4) * 4 * value_bytes for n, width in zip(own, widths))
     for k, n in enumerate(own):
         within = own[k - 1] if k else positions
         if within is None:
@@ -286,7 +287,7 @@ def test_columns_are_earned_in_proportion_to_a_power_of_the_frequency(
                 if cost(more) <= budget:
                     expected = more
                     break
-    assert choose_owners(np.array(counts), widths, skew, budget, Costs(widths, value_bytes, None)) == expected
+    assert choose_owners(np.array(counts), widths, skew, budget, Costs(widths, value_bytes, n, None)) == expected
 
 
 @holds_for_every_input(300)
@@ -296,7 +297,7 @@ def test_owners_are_nested_and_within_the_budget(
 ) -> None:
     counts = sorted(counts, reverse=True)
     budget = int(share * len(counts) * (sum(widths) * 2 + 6))
-    own = choose_owners(np.array(counts), widths, skew, budget, Costs(widths, 2, positions))
+    own = choose_owners(np.array(counts), widths, skew, budget, Costs(widths, 2, len(counts), positions))
     assert all(0 <= b <= a for a, b in itertools.pairwise([len(counts), *own]))
     assert reference_bytes(own, widths, 2, positions) <= max(budget, 0)
 
@@ -343,7 +344,7 @@ def test_more_skew_gives_more_columns_to_fewer_ids() -> None:
 
     def own(skew: float) -> list[int]:
         config = LMAConfig(compression=8, widths=widths, skew=skew)
-        (memory,) = build(rows, tables, config, whole_fraction=0.0).memories
+        (memory,) = build(rows, tables, config).memories
         return [level.own_rows for level in memory.levels]
 
     assert own(0)[0] == 40 and own(0)[2:] == [0, 0]  # all ids the same, and what is left to as many as it gives more
@@ -380,7 +381,7 @@ def test_vocabularies_sorted_by_frequency_need_no_bitmap(compression: float, uns
     tables = [
         table(name, dim=16, num_embeddings=size) for name, size in (("user", 3000), ("item", 2000), ("tag", 1000))
     ]
-    builder = AllocationBuilder(tables, LMAConfig(compression, skew=1), whole_fraction=0.0)
+    builder = AllocationBuilder(tables, LMAConfig(compression, skew=1))
     for i, each in enumerate(tables):
         ids = np.arange(unseen_first, each.num_embeddings - 20)
         counts = 1 + 50000 * (i + 1) // (ids + 1)
@@ -419,30 +420,29 @@ def test_ids_outside_of_the_vocabulary_own_nothing_and_share_what_the_unseen_sha
     assert all(level.own_rows <= row < level.rows for row in first.tolist())
 
 
-def test_small_tables_stay_whole() -> None:
-    tables = [table("tiny", num_embeddings=3), table("small", num_embeddings=9), table("user", num_embeddings=9000)]
-    rows: list[Row] = [{"tiny": [i % 3], "small": [i % 9], "user": [i]} for i in range(300)]
-    bytes_of = [(size + 1) * 8 * 2 for size in (3, 9)]  # a row more, for ids that are not of the vocabulary
-    budget = 10_000
-    for fraction, expected in (
-        (0.0, ()),
-        (bytes_of[0] / budget, ("tiny",)),
-        (sum(bytes_of) / budget, ("tiny", "small")),
-        (1.0, ("tiny", "small")),
-    ):
-        allocation = build(rows, tables, LMAConfig(memory_bytes=budget), whole_fraction=fraction)
-        assert allocation.whole == expected
-        assert [m.tables for m in allocation.memories] == [tuple(t.name for t in tables if t.name not in expected)]
-    everything = build(rows, tables, LMAConfig(compression=1), whole_fraction=0.0)
-    assert everything.whole == ("tiny", "small", "user") and everything.memories == ()
-    # A kernel takes no table of 2 columns: ids own a row of a packed level instead.
-    narrow = build(rows, [table("user", dim=2)], LMAConfig(compression=1), whole_fraction=0.0)
-    assert narrow.whole == () and [level.own_rows for level in narrow.memories[0].levels] == [300]  # all that are seen
-    # Their part of the budget does not depend on who else shares a memory with them.
-    for large in (tables[2], table("user", dim=16, num_embeddings=9000)):
-        for raw_ids in (False, ("user",)):
-            config = LMAConfig(memory_bytes=budget, raw_ids=raw_ids)
-            assert build(rows, [*tables[:2], large], config).whole == ("tiny", "small")
+@pytest.mark.parametrize("compression, widths", [(2, (16,)), (4, (8,)), (8, (4,)), (16, (2,)), (32, (1,))])
+def test_the_first_level_is_as_wide_as_the_budget_allows_to_all(compression: int, widths: tuple[int, ...]) -> None:
+    """Of FP32 tables of dim 16 half is due to FP16; where all ids of the vocabularies are seen no byte is left over."""
+    tables = [table("user", dim=16, num_embeddings=60), table("item", dim=16, num_embeddings=20)]
+    rows: list[Row] = [{"user": [i], "item": [i % 20]} for i in range(60)]
+    (memory,) = build(rows, tables, LMAConfig(compression)).memories
+    assert [level.width for level in memory.levels if level.rows] == list(widths)
+    assert memory.levels[0] == Level(widths[0], own_rows=80, shared_rows=0) and memory.nbytes == 0
+    # With a byte less they have the next narrower one, and what is left goes to the most frequent.
+    (memory,) = build(rows, tables, LMAConfig(memory_bytes=80 * 64 // compression - 1)).memories
+    first, second, *_ = memory.levels
+    if widths[0] > 1:
+        assert first.width < widths[0] and first.own_rows == 80 and 0 < second.own_rows < 80
+    else:
+        assert first.own_rows < 80 <= first.own_rows + first.shared_rows + second.own_rows + 80
+
+
+def test_a_budget_of_full_tables_is_full_tables() -> None:
+    tables = [table("user", dim=16, num_embeddings=60), table("item", dim=6, num_embeddings=20)]
+    rows: list[Row] = [{"user": [i], "item": [i % 20]} for i in range(60)]
+    for memory in build(rows, tables, LMAConfig(compression=1)).memories:
+        assert all(level.own_rows == (60 if memory.dim == 16 else 20) for level in memory.levels)
+        assert all(level.width == 16 for level in memory.levels if memory.dim == 16)
 
 
 def test_two_raw_ids_with_one_key_in_the_index_share_its_row() -> None:
@@ -481,14 +481,12 @@ def test_provenance_tells_where_the_allocation_came_from() -> None:
         },
         "signature_fraction": 0.125,
         "shared_fraction": 1.0,
-        "whole_fraction": 0.0625,
         "frequency": "counted",
         "rows_seen": 12,
         "rows_sampled": 12,
         "ids": {
             name: {
                 "seen": seen,
-                "whole": False,
                 "out_of_vocabulary": 0,
                 "own": [0],
                 "present": [1.0],
@@ -508,6 +506,20 @@ def test_counts_come_from_a_sketch_beyond_max_ids() -> None:
     assert allocation.provenance["rows_sampled"] == 200
     found = level_rows(allocation, "user", range(5), [table("user")])
     assert found[-1].max() < allocation.memories[0].levels[-1].own_rows  # the frequent ones have all levels
+
+
+@pytest.mark.parametrize("raw_ids", [False, True])
+def test_ids_that_the_sample_lacks_do_not_share_a_row_with_all_others(raw_ids: bool) -> None:
+    n = 2000
+    rows: list[Row] = [{"user": [i]} for i in range(n) for _ in range(1 + 300 // (i + 1))]
+    tables, config = [table("user", dim=16, num_embeddings=n)], LMAConfig(compression=8, raw_ids=raw_ids)
+    allocation = build(rows, tables, config, source=replace(SOURCE, max_rows=200), max_ids=50)
+    assert allocation.provenance["frequency"] == "sketched" and allocation.provenance["ids"]["user"]["seen"] == 200
+    first = level_rows(allocation, "user", range(n), tables)[0].tolist()
+    if raw_ids:  # an eighth of the budget is for them
+        assert max(Counter(first).values()) < 200
+    else:
+        assert len(set(first)) == n
 
 
 # Signatures.
@@ -669,7 +681,6 @@ some_tables = st.lists(
     st.floats(0, 2),
     st.none() | st.floats(0, 1) | st.just(1.0),
     st.floats(0, 0.99),
-    st.floats(0, 1),
     st.sampled_from([None, RowsMinHash(num_values=1, min_support=1), RowsMinHash(num_values=9, min_support=1)]),
 )
 def test_weights_and_allocation_are_within_the_budget(
@@ -680,7 +691,6 @@ def test_weights_and_allocation_are_within_the_budget(
     skew: float,
     shared_fraction: float | None,
     signature_fraction: float,
-    whole_fraction: float,
     source: RowsMinHash | None,
 ) -> None:
     features = ["user", "item", "last_item", "tag"]
@@ -702,7 +712,6 @@ def test_weights_and_allocation_are_within_the_budget(
         "source": source,
         "shared_fraction": shared_fraction,
         "signature_fraction": signature_fraction,
-        "whole_fraction": whole_fraction,
     }
     try:
         allocation = AllocationBuilder(tables, config, **options).update(kjt(DATA)).build()  # type: ignore[arg-type]
@@ -722,11 +731,9 @@ def test_weights_and_allocation_are_within_the_budget(
         )
         held += memory.tensors["signatures"].nbytes if "signatures" in memory.tensors else 0
         assert memory.nbytes == held
-        # What whole tables leave is shared in proportion to full bytes.
-        left = (config.memory_bytes or total / compression) - sum(weights[name] for name in allocation.whole)
-        part = sum(full[name] for name in memory.tables) / sum(full[n] for n in full if n not in allocation.whole)
-        if len(allocation.memories) == 1 or not allocation.whole:
-            assert sum(weights[name] for name in of_memory) + held <= left * part * (1 + 1e-12)
+        # Shared in proportion to full bytes.
+        part = (config.memory_bytes or total / compression) * sum(full[name] for name in memory.tables) / total
+        assert sum(weights[name] for name in of_memory) + held <= part * (1 + 1e-12)
     report = ebc.memory_report()
     assert report.weight_bytes == sum(weights.values())
     assert report.weight_bytes + report.allocation_bytes <= (config.memory_bytes or total / compression)
@@ -739,7 +746,7 @@ def test_the_budget_is_used(compression: float, skew: float, raw_ids: bool, widt
     n = 3000
     rows: list[Row] = [{"user": [i]} for i in range(n) for _ in range(1 + 300 // (i + 1))]
     config = LMAConfig(compression=compression, widths=widths, skew=skew, raw_ids=raw_ids)
-    allocation = build(rows, [table("user", dim=16, num_embeddings=n)], config, whole_fraction=0.0)
+    allocation = build(rows, [table("user", dim=16, num_embeddings=n)], config)
     report = LMAEmbeddingBagCollection([table("user", dim=16, num_embeddings=n)], allocation).memory_report()
     (memory,) = allocation.memories
     if all(level.own_rows >= n for level in memory.levels):
@@ -843,7 +850,6 @@ def test_a_build_without_rows_is_refused() -> None:
         (TABLES, CONFIG, {"source": None}, "source.*None"),
         (TABLES, CONFIG, {"shared_fraction": 0.1}, "shared_fraction: None and 0.1"),
         (TABLES, CONFIG, {"signature_fraction": 0.1}, "signature_fraction: 0.125 and 0.1"),
-        (TABLES, CONFIG, {"whole_fraction": 0.1}, "whole_fraction: 0.0625 and 0.1"),
         (TABLES, CONFIG, {"max_ids": 5}, "max_ids: 16777216 and 5"),
     ],
 )
@@ -863,7 +869,6 @@ def test_merging_other_settings_names_the_differences(tables, config, options, s
         ({"shared_fraction": -0.1}, "shared_fraction.*-0.1"),
         ({"signature_fraction": 1.0}, "signature_fraction.*1.0"),
         ({"signature_fraction": float("nan")}, "signature_fraction.*nan"),
-        ({"whole_fraction": 1.5}, "whole_fraction.*1.5"),
         ({"source": None, "signature_fraction": 2.0}, "signature_fraction.*2.0"),
         ({"max_ids": 0}, "max_ids must be >= 1"),
     ],

@@ -400,7 +400,6 @@ def test_rows_tell_which_ids_with_vectors_are_frequent() -> None:
         {"item": (ids, vectors)},
         signature_fraction=signed / config.memory_bytes,
         shared_fraction=shared / (own + shared),
-        whole_fraction=0.0,
     )
     rows: list[Row] = [{"item": [i]} for i in (7, 7, 7, 7, *range(20, 30), *range(20, 30))] + [{"item": [100]}] * 3
     allocation = builder.update(kjt(rows)).build()

@@ -90,7 +90,7 @@ def test_vectors_lengths_and_ids_are_those_of_one_process(sharding: str, sizes: 
     allocation = build_allocation()
     reference = Reference(allocation)
     for rank, (found, types) in enumerate(run(output, 2, allocation, sharding, sizes)):
-        assert "ShardedLMAEmbeddingCollection" in types and types.count("ShardedEmbeddingCollection") == 3
+        assert "ShardedLMAEmbeddingCollection" in types and types.count("ShardedEmbeddingCollection") == 2
         for i, of_batch in enumerate(found):
             given = features(rank + i, batch=sizes[rank])
             for name, (values, lengths, ids) in of_batch.items():

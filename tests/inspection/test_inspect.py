@@ -24,7 +24,7 @@ from torchrec_lma.inspection.observed import Similarity
 TABLES = [
     EmbeddingBagConfig(name="t_user", num_embeddings=1000, embedding_dim=16, feature_names=["user"]),
     EmbeddingBagConfig(name="t_item", num_embeddings=1000, embedding_dim=16, feature_names=["item"]),
-    EmbeddingBagConfig(name="t_day", num_embeddings=30, embedding_dim=8, feature_names=["day"]),
+    EmbeddingBagConfig(name="t_day", num_embeddings=30, embedding_dim=16, feature_names=["day"]),
     EmbeddingBagConfig(name="t_tag", num_embeddings=900, embedding_dim=16, feature_names=["tag"]),
 ]
 TABLE_OF = {table.feature_names[0]: table.name for table in TABLES}
@@ -62,7 +62,7 @@ def kjt(rows: list[Row]) -> KeyedJaggedTensor:
 
 
 def built(source: Source | None = SOURCE, config: LMAConfig = CONFIG, **options: Any) -> Allocation:
-    builder = AllocationBuilder(TABLES, config, source, **{"signature_fraction": 0.3, "whole_fraction": 0.2} | options)
+    builder = AllocationBuilder(TABLES, config, source, **{"signature_fraction": 0.3} | options)
     return builder.update(kjt(ROWS)).build()
 
 
@@ -79,7 +79,7 @@ def occurrences() -> Counter:
 @pytest.fixture(scope="module")
 def allocation() -> Allocation:
     made = built()
-    assert made.whole == ("t_day",) and len(made.memories) == 2
+    assert len(made.memories) == 2
     for memory in made.memories:
         assert len(memory.levels) > 1 and memory.levels[1].own_rows and memory.levels[0].shared_rows
         assert "signatures" in memory.tensors
@@ -175,8 +175,6 @@ def test_similarity_is_that_of_the_rows_that_the_source_takes() -> None:
 
 def owned(allocation: Allocation, table: str, id: int) -> int:
     """How many columns an id owns."""
-    if table in allocation.whole:
-        return next(spec.embedding_dim for spec in allocation.tables if spec.name == table)
     memory = next(memory for memory in allocation.memories if table in memory.tables)
     rows = level_rows(allocation, table, id)
     return sum(level.width for level, row in zip(memory.levels, rows) if 0 <= row < level.own_rows)
@@ -193,7 +191,7 @@ def test_columns_are_those_that_ids_own(allocation: Allocation, inspection: Insp
         assert table.occurrences is not None
         for n, share in zip(table.columns, table.occurrences):
             assert share == pytest.approx(sum(counts[id] for id in counts if of_ids[id] == n) / sum(counts.values()))
-        assert table.memory is None if table.table == "t_day" else table.memory is not None
+        assert table.memory == next(m.name for m in allocation.memories if table.table in m.tables)
 
 
 def test_without_data_ids_are_as_the_builder_counted_them(allocation: Allocation, inspection: Inspection) -> None:

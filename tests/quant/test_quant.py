@@ -38,7 +38,6 @@ from torchrec_lma.quant import DTYPES, quantize, script
 
 def test_the_tables_of_these_tests_have_rows_of_all_kinds() -> None:
     ebc = collection()
-    assert ebc.allocation.whole == ("t_day",)
     levels = [level for memory in ebc.allocation.memories for level in memory.levels]
     assert {level.width for level in levels} == {1, 2, 4, 8}
     assert any(level.own_rows for level in levels) and any(level.shared_rows for level in levels)
@@ -155,19 +154,17 @@ def test_tables_can_have_dtypes_of_their_own_by_the_names_of_logical_tables() ->
         ebc,
         "int8",
         per_table_weight_dtype={
-            "t_day": torch.float32,  # whole
-            "t_place": torch.float16,  # has a memory of its own
+            **{"t_place": torch.float16, "t_day": torch.float16},  # all of a memory
             "t_user_lma16_level_4": torch.quint4x2,
         },
     )
     found = dtypes_of(model)
-    assert found.pop("t_day") is DataType.FP32
     assert found.pop("t_user_lma16_level_4") is DataType.INT4
     assert {name: found.pop(name) for name in list(found) if name.startswith("t_place")} == {
         f"t_place_lma8_level_{k}": DataType.FP16 for k in range(3)
     }
     assert set(found.values()) == {DataType.INT8} and len(found) == 4
-    names = {DataType.FP32: "fp32", DataType.FP16: "fp16", DataType.INT8: "int8", DataType.INT4: "int4"}
+    names = {DataType.FP16: "fp16", DataType.INT8: "int8", DataType.INT4: "int4"}
     tables = decoded_tables(model.ebc.levels, {name: names[found] for name, found in dtypes_of(model).items()})
     expected = pooled_by_hand(tables, ebc, features)
     for run in (model, script(model)):

@@ -119,7 +119,6 @@ def build(
         builder = AllocationBuilder(
             tables,
             LMAConfig(compression=2, data_type=setup.data_type, widths=setup.widths, seed=3),
-            whole_fraction=0.0625,
         )
         for step in range(10):
             lengths, values = features(step)

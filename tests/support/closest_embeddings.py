@@ -19,8 +19,7 @@ def closest(
     Rows are of `lma.rows`; an id that is absent on a level has zeros there.
     """
     best = {name: np.zeros(tuple(v.shape)) for name, v in vectors.items()}
-    groups = [(name,) for name in lma.allocation.whole] + [memory.tables for memory in lma.allocation.memories]
-    for tables in groups:
+    for tables in (memory.tables for memory in lma.allocation.memories):
         counts = [ids[table].numel() for table in tables]
         wanted = np.concatenate([vectors[table].detach().double().numpy() for table in tables])
         scale = np.sqrt(np.concatenate([weights[table].double().numpy() for table in tables]))[:, None]

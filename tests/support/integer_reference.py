@@ -112,6 +112,8 @@ class PlannedMemory:
     def row(self, level: int, id: Id) -> int:
         """The row of an id on a level, -1 where it is absent."""
         own = self.own_rows[level]
+        if not self.raw_ids and self.shared[0] == 0 and len(self.own_rows[0]) == sum(self.sizes.values()):
+            id = id if self.position(id) >= 0 else (id[0], 0)  # no row is for those outside
         if id in own:
             return own[id]
         if self.shared[level] == 0:

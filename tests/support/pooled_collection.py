@@ -7,7 +7,7 @@ from torchrec import EmbeddingBagConfig, KeyedJaggedTensor, PoolingType
 
 from torchrec_lma import Allocation, AllocationBuilder, LMAConfig, LMAEmbeddingBagCollection
 
-SIZES = {"user": 300, "item": 120, "day": 3}  # the last one stays whole
+SIZES = {"user": 300, "item": 120, "day": 3}
 DIM = 16
 FEATURES = ["user", "item", "day"]
 KINDS = {
@@ -41,7 +41,7 @@ def allocation(kind: str = "own", seed: int = 0) -> Allocation:
     settings = {**KINDS[kind], "seed": seed}
     if settings.get("raw_ids"):
         settings["raw_ids"] = ("t_user",)
-    builder = AllocationBuilder(tables(), LMAConfig(**settings), whole_fraction=0.0625)
+    builder = AllocationBuilder(tables(), LMAConfig(**settings))
     for i in range(20):
         builder.update(batch(100 + i, rows=64))
     return builder.build()

@@ -19,7 +19,7 @@ WIDE = {16: (8, 8), 8: (8,)}
 
 
 def make_tables(pooling: PoolingType = PoolingType.SUM, prefix: str = "t") -> list[EmbeddingBagConfig]:
-    """One with two features, and one that is small enough to stay whole."""
+    """One with two features, and one of few ids."""
     return [
         EmbeddingBagConfig(
             name=f"{prefix}_{name}",
@@ -57,8 +57,8 @@ def make_batch(
 
 @functools.cache
 def make_allocation(config: LMAConfig, prefix: str = "t") -> Allocation:
-    """With own rows of the frequent ids, shared ones of the others, and a table that is whole."""
-    builder = AllocationBuilder(make_tables(prefix=prefix), config, whole_fraction=0.25)
+    """With own rows of the frequent ids, and shared ones of the others."""
+    builder = AllocationBuilder(make_tables(prefix=prefix), config)
     generator = torch.Generator().manual_seed(0)
     rows = 2000
     for feature in FEATURES:

@@ -65,7 +65,7 @@ def pooled_by_hand(
             for bag, length in enumerate(lengths):
                 for at in range(first, first + length):
                     found = ebc.rows(config.name, ids[at : at + 1])
-                    vector = _embedding(tables, found, memory_of.get(config.name))
+                    vector = _embedding(tables, found, memory_of[config.name])
                     bags[bag] += vector * (features[feature].weights()[at].item() if ebc.is_weighted() else 1.0)
                 if config.pooling is PoolingType.MEAN and length:
                     bags[bag] /= length
@@ -75,10 +75,7 @@ def pooled_by_hand(
 
 
 def _embedding(tables: dict[str, np.ndarray], found: dict[str, torch.Tensor], memory) -> np.ndarray:
-    """float [dim] of one id: its row of a whole table, or those of the levels side by side, zeros where it has none."""
-    if memory is None:
-        ((name, row),) = found.items()
-        return tables[name][row.item()]
+    """float [dim] of one id: its rows of the levels side by side, zeros where it has none."""
     parts = []
     for level, (name, row) in zip(memory.levels, found.items(), strict=True):
         # A table has 4 columns or more: narrower levels have several rows in one of its rows.

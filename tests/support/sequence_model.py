@@ -52,7 +52,7 @@ from torchrec_lma import (
 )
 
 DIM = 16
-# The tables of sharded_model, all of one dim: `c` has raw ids, `d` stays whole, f0 feeds two tables.
+# The tables of sharded_model, all of one dim: `c` has raw ids, f0 feeds two tables.
 CONFIG = LMAConfig(compression=3.5, widths=(2, 2, 4, 8), data_type="FP32", skew=0.5, raw_ids=("c",))
 SLOTS = {"f0@a": "a", "f2": "a", "f1": "b", "f0@b": "b", "f3": "c", "f4": "d"}  # keys of the output, and their tables
 
@@ -67,11 +67,11 @@ def tables() -> list[EmbeddingConfig]:
 @cache
 def build_allocation(seed: int = 0, data_type: str | None = "FP32") -> Allocation:
     config = LMAConfig(**{**CONFIG.to_dict(), "seed": seed, "data_type": data_type})
-    builder = AllocationBuilder(tables(), config, whole_fraction=0.0625)
+    builder = AllocationBuilder(tables(), config)
     for i in range(20):
         builder.update(features(1000 + i, batch=32))
     allocation = builder.build()
-    assert allocation.whole == ("d",) and len(allocation.memories) == 2
+    assert len(allocation.memories) == 2
     assert {level.pack for memory in allocation.memories for level in memory.levels} == {1, 2}
     return allocation
 

@@ -22,7 +22,7 @@ from torchrec_lma.allocation.validation import check_memory, check_tables
 from torchrec_lma.config import LMAConfig
 from torchrec_lma.files import replacing
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 FORMAT = "torchrec_lma.allocation"
 # The module of a collection whose buffers are the allocation, as keys of a checkpoint show it.
 STATE_PREFIX = "remap."
@@ -82,14 +82,12 @@ class Allocation:
     Attributes:
         config: the LMAConfig it was built for.
         tables: the logical tables it was built for.
-        whole: names of those that are kept whole, each as an ordinary table with one row more, for unseen ids.
-        memories: one MemoryAllocation for the others of each embedding dim and kind of ids.
+        memories: one MemoryAllocation for those of each embedding dim and kind of ids.
         provenance: where it came from (source, rows seen, ids and bytes); decides no row.
     """
 
     config: LMAConfig
     tables: tuple[TableSpec, ...]
-    whole: tuple[str, ...]
     memories: tuple[MemoryAllocation, ...]
     provenance: dict[str, Any] = field(default_factory=dict)
 
@@ -107,7 +105,7 @@ class Allocation:
         for layout in layouts:
             levels = shared_levels(layout, layout.budget_bytes)
             memories.append(new_memory(layout, levels, {}))
-        return cls(config, all_tables(tables, layouts), (), tuple(memories), {"source": None})
+        return cls(config, all_tables(tables, layouts), tuple(memories), {"source": None})
 
     @property
     def nbytes(self) -> int:
@@ -122,7 +120,6 @@ class Allocation:
                 "format_version": FORMAT_VERSION,
                 "config": self.config.to_dict(),
                 "tables": [asdict(table) for table in self.tables],
-                "whole": self.whole,
                 "memories": [memory.header() for memory in self.memories],
             },
             sort_keys=True,
@@ -134,9 +131,8 @@ class Allocation:
         decides = {
             "format_version": FORMAT_VERSION,
             "seed": self.config.seed,
-            # A whole table and a bitmap are as long as the vocabularies are.
+            # A bitmap is as long as the vocabularies are.
             "tables": [[table.name, table.num_embeddings] for table in self.tables],
-            "whole": self.whole,
             "memories": [memory.header() for memory in self.memories],
         }
         digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode())
@@ -297,14 +293,14 @@ class Allocation:
                 memories.append(MemoryAllocation(**fields, tensors=own))
             if len({memory.name for memory in memories}) < len(memories):
                 raise ValueError(f"memories {[memory.name for memory in memories]} have a name twice")
-            check_tables(tables, values["whole"], [table for memory in memories for table in memory.tables])
+            check_tables(tables, [table for memory in memories for table in memory.tables])
             for memory in memories:
                 of_memory = [by_name[table] for table in memory.tables]
                 check_memory(memory.name, memory.dim, memory.raw_ids, of_memory, memory.levels, memory.tensors)
             config = LMAConfig.from_dict(values["config"])
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise ValueError(f"the parts make no allocation ({type(error).__name__}: {error})") from error
-        return cls(config, tables, tuple(values["whole"]), tuple(memories), provenance)
+        return cls(config, tables, tuple(memories), provenance)
 
 
 def new_memory(layout: MemoryLayout, levels: tuple[Level, ...], tensors: Mapping[str, Tensor]) -> MemoryAllocation:

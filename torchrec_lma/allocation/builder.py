@@ -1,7 +1,6 @@
 """Builds an allocation from training data."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec_lma.allocation.artifact import Allocation, all_tables
 from torchrec_lma.allocation.frequency import IdFrequency
 from torchrec_lma.allocation.ids import Ids, as_ids
-from torchrec_lma.allocation.layout import KERNEL_WIDTH, MemoryLayout, check_rows, lay_out
+from torchrec_lma.allocation.layout import KERNEL_WIDTH, check_rows, lay_out
 from torchrec_lma.allocation.memories import MemoryBuilder
 from torchrec_lma.allocation.ownership import SHARED_FRACTION
 from torchrec_lma.allocation.sample import Rows, RowSample
@@ -42,11 +41,10 @@ class AllocationBuilder:
             they are too where nothing is known of ids, or telling owners from others would take all bytes there are.
         signature_fraction: share of the budget for signatures, in [0, 1). The most frequent ids that share rows get
             them, as many as fit. Not used without a source.
-        whole_fraction: share of the budget for tables that are kept whole, smallest first, in [0, 1]. Where all tables
-            of a memory fit in its part of what is left, they are whole too.
         max_ids: distinct ids of all tables together that are counted exactly, at 24 bytes each and 2 MiB at most. Where
-            there are more, and more rows than a source samples, only ids in the sampled rows can own rows, their counts
-            are estimates of a sketch, and the provenance says so. Make it several times the number of own rows.
+            there are more, and more rows than a source samples, only ids in the sampled rows are told apart, by counts
+            that a sketch estimates, and the provenance says so. Of a vocabulary the others own a row of the first level
+            with all, if that fits in the budget; else they share rows.
     Raises:
         ValueError: fractions out of range; a source for a table that does not exist, or that looks at one; a source of
             a table's own that gives its ids no context; tables that cannot share a memory; a budget that holds not one
@@ -62,7 +60,6 @@ class AllocationBuilder:
 
     SHARED_FRACTION = SHARED_FRACTION
     SIGNATURE_FRACTION = 0.125
-    WHOLE_FRACTION = 0.0625
     MAX_IDS = 1 << 24
 
     def __init__(
@@ -72,13 +69,11 @@ class AllocationBuilder:
         source: Sources = None,
         shared_fraction: float | None = None,
         signature_fraction: float = SIGNATURE_FRACTION,
-        whole_fraction: float = WHOLE_FRACTION,
         max_ids: int = MAX_IDS,
     ) -> None:
         for name, value, most in (
             ("shared_fraction", shared_fraction, 1),
             ("signature_fraction", signature_fraction, 0.99),
-            ("whole_fraction", whole_fraction, 1),
         ):
             if value is not None and not 0 <= value <= most:
                 raise ValueError(f"{name} must be in [0, {most}], got {value}")
@@ -96,7 +91,6 @@ class AllocationBuilder:
         self.sources = _by_table(source, self._table_names)
         self.shared_fraction = shared_fraction
         self.signature_fraction = signature_fraction if any(self.sources.values()) else 0.0
-        self.whole_fraction = whole_fraction
         samples = [source.max_rows for source in self.sources.values() if isinstance(source, RowsSource)]
         samples = samples or [RowsMinHash.max_rows]
         self._sample = RowSample(None if None in samples else max(filter(None, samples)))
@@ -267,61 +261,30 @@ class AllocationBuilder:
                     f"table {name!r} has no id in any of the {self._sample.rows_seen} rows; check that its features "
                     f"{features} are filled, or leave it out of the sources: source={{other: ..., ...}}"
                 )
-        whole, layouts = self._set_whole_tables_apart()
         parts = {name: self._ids_of_table(index, rows, row_of_key) for index, name in enumerate(self._table_names)}
-        ids: dict[str, dict[str, Any]] = {
-            name: {"seen": int((part.count > 0).sum()), "whole": name in whole} for name, part in parts.items()
-        }
+        ids: dict[str, dict[str, Any]] = {name: {"seen": int((part.count > 0).sum())} for name, part in parts.items()}
+        exact = self._frequency.exact or self._sample_is_whole(rows)
         memory_builder = MemoryBuilder(
-            self.config, self._salts, self.sources, self._vectors, rows, self.shared_fraction, self.signature_fraction
+            self.config,
+            self._salts,
+            self.sources,
+            self._vectors,
+            rows,
+            exact,
+            self.shared_fraction,
+            self.signature_fraction,
         )
-        memories = [memory_builder.build(layout, parts, ids) for layout in layouts]
+        memories = [memory_builder.build(layout, parts, ids) for layout in self._layouts]
         provenance = {
             "source": self._source_record(),
             "signature_fraction": self.signature_fraction,
             "shared_fraction": self.shared_fraction,
-            "whole_fraction": self.whole_fraction,
-            "frequency": "counted" if self._frequency.exact or self._sample_is_whole(rows) else "sketched",
+            "frequency": "counted" if exact else "sketched",
             "rows_seen": self._sample.rows_seen,
             "rows_sampled": rows.hash.numel(),
             "ids": ids,
         }
-        in_order = tuple(table.name for table in self._tables if table.name in whole)
-        return Allocation(self.config, self._tables, in_order, tuple(memories), provenance)
-
-    def _set_whole_tables_apart(self) -> tuple[set[str], list[MemoryLayout]]:
-        """Names of the tables that are kept whole, and layouts of the others, among which what is left is shared in
-        proportion to their full bytes."""
-        whole: set[str] = set()
-        if self.shared_fraction == 1:
-            return whole, list(self._layouts)
-        sizes = {
-            # One row more, for ids that are not of the vocabulary.
-            table.name: check_rows(layout, table.num_embeddings + 1) * layout.dim * layout.value_bytes
-            for layout in self._layouts
-            if not layout.raw_ids and layout.dim % KERNEL_WIDTH == 0  # narrower ones are packed, as levels are
-            for table in layout.tables
-        }
-        left = total = sum(layout.budget_bytes for layout in self._layouts)
-        for name, size in sorted(sizes.items(), key=lambda item: item[1]):
-            if total - left + size > self.whole_fraction * total:
-                break
-            whole.add(name)
-            left -= size
-        rest = [
-            replace(layout, tables=tables)
-            for layout in self._layouts
-            if (tables := tuple(table for table in layout.tables if table.name not in whole))
-        ]
-        full_bytes = sum(layout.full_bytes for layout in rest)
-        layouts = []
-        for layout in rest:
-            budget = left * layout.full_bytes // full_bytes
-            if sum(sizes.get(table.name, budget + 1) for table in layout.tables) <= budget:
-                whole |= {table.name for table in layout.tables}
-            else:
-                layouts.append(replace(layout, budget_bytes=budget))
-        return whole, layouts
+        return Allocation(self.config, self._tables, tuple(memories), provenance)
 
     def _ids_of_table(self, table: int, rows: Rows, row_of_key: Tensor) -> Ids:
         """All ids of a table, and who may have a signature."""
@@ -371,7 +334,6 @@ class AllocationBuilder:
             "source": self.sources,
             "shared_fraction": self.shared_fraction,
             "signature_fraction": self.signature_fraction,
-            "whole_fraction": self.whole_fraction,
             "max_ids": self._frequency.max_ids,
         }
 

@@ -117,7 +117,7 @@ def padding_bytes(widths: Sequence[int], value_bytes: int) -> int:
 def default_widths(dim: int, first: int) -> tuple[int, ...]:
     """Level widths that add up to `dim`: from `first` on twice the columns with each.
 
-    Of 64 columns from 4: 4, 4, 8, 16, 32; from 1: 1, 1, 2, 4, 8, 16, 32. All are widths that a kernel takes. A level
+    Of 64 columns from 8: 8, 8, 16, 32; from 1: 1, 1, 2, 4, 8, 16, 32. All are widths that a kernel takes. A level
     more is a look-up more for the ids that have it.
     """
     widths: list[int] = []
@@ -131,6 +131,12 @@ def default_widths(dim: int, first: int) -> tuple[int, ...]:
         widths.append(width)
         left -= width
     return tuple(widths)
+
+
+def first_widths(dim: int, most: float) -> list[int]:
+    """What the first level's columns can be, widest first: up to `most` and `dim`, and at least the narrowest."""
+    widths = [width for width in range(1, dim + 1) if kernel_takes(width) and width <= most]
+    return widths[::-1] or [1]
 
 
 def shared_levels(layout: MemoryLayout, budget: int) -> tuple[Level, ...]:

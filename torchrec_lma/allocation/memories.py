@@ -55,6 +55,7 @@ class MemoryBuilder:
         sources: of each table by name.
         vectors: of tables with a SimHash by name.
         rows: sampled ones.
+        exact: whether all ids that were seen are known, not only those of sampled rows.
         shared_fraction, signature_fraction: see AllocationBuilder.
     """
 
@@ -63,6 +64,7 @@ class MemoryBuilder:
     sources: Mapping[str, Source | None]
     vectors: Mapping[str, TableVectors]
     rows: Rows
+    exact: bool
     shared_fraction: float | None
     signature_fraction: float
 
@@ -80,6 +82,7 @@ class MemoryBuilder:
             levels, signature_bytes = choose_levels(
                 layout,
                 of.count[seen].numpy(),
+                self.exact,
                 of.n_positions,
                 None if of.first is None else len(layout.tables),
                 layout.budget_bytes,

@@ -14,8 +14,8 @@ from torchrec_lma.allocation.layout import (
     MemoryLayout,
     check_rows,
     default_widths,
+    first_widths,
     kernel_takes,
-    padding_bytes,
     shared_levels,
 )
 
@@ -27,20 +27,42 @@ RANGE_BYTES = 16  # int64 [2]
 class Costs:
     """Bytes of the levels of a memory in which the first `own[k]` ids, most frequent first, own a row of level k.
 
+    Where all ids that were seen own a row of the first level, so do all of the vocabularies, if that takes less or has
+    to be.
+
     Attributes:
         widths: columns of each level.
         value_bytes: of a weight.
+        seen: how many ids were seen.
         positions: ids of all vocabularies; None for raw ids, whose owners are found in an index.
         ranges: of ids sorted by frequency, how many tables: a level needs a range of each. None where they are not.
+        shared_rows: of the first level.
+        everybody: whether those that were not seen have to own a row of it.
     """
 
     widths: Sequence[int]
     value_bytes: int
+    seen: int
     positions: int | None
     ranges: int | None = None
+    shared_rows: int = 0
+    everybody: bool = False
 
     def __call__(self, own: Sequence[int]) -> int:
-        total = sum(rows * width for rows, width in zip(own, self.widths)) * self.value_bytes
+        return self._of(self.cheapest(own))
+
+    def cheapest(self, own: Sequence[int]) -> list[int]:
+        """`own`, or with own rows of the first level for ids of the vocabularies that were not seen, too."""
+        if self.positions is not None and own[0] == self.seen:
+            everybody = [self.positions, *own[1:]]
+            if self.everybody or self._of(everybody) <= self._of(own):
+                return everybody
+        return list(own)
+
+    def _of(self, own: Sequence[int]) -> int:
+        shared = [self.shared_rows, *([0] * (len(own) - 1))]
+        levels = [Level(*level) for level in zip(self.widths, own, shared)]
+        total = sum(level.table_rows * level.table_width for level in levels) * self.value_bytes
         before = self.positions
         for rows in own:
             if before is None:
@@ -54,6 +76,7 @@ class Costs:
 def choose_levels(
     layout: MemoryLayout,
     counts: np.ndarray,
+    exact: bool,
     positions: int | None,
     ranges: int | None,
     budget: int,
@@ -66,6 +89,7 @@ def choose_levels(
     Args:
         layout: of the memory; without widths they are chosen.
         counts: int64 [V], of the ids that were seen, descending, >= 1.
+        exact: whether no others were.
         positions, ranges: see Costs.
         budget: bytes for rows and allocation.
         skew: see LMAConfig.
@@ -76,20 +100,25 @@ def choose_levels(
     """
     if shared_fraction == 1 or counts.size == 0:
         return shared_levels(layout, budget - signature_bytes), signature_bytes
-    # The first level takes about half of what each id could have, the nearest power of 2.
-    values_per_id = (budget - signature_bytes) / (layout.value_bytes * counts.size)
-    first = 1 << max(0, round(np.log2(max(1.0, values_per_id / 2))))
-    widths = layout.widths or default_widths(layout.dim, min(first, layout.dim))
+
+    def share(widths: Sequence[int]) -> tuple[Costs, list[int], int, int]:
+        costs = Costs(widths, layout.value_bytes, counts.size, positions, ranges)
+        return costs, *_share_budget(layout, counts, exact, costs, budget, skew, shared_fraction, signature_bytes)
+
+    widths = layout.widths
+    if widths is None:
+        # The widest first level of which all ids own a row, or the narrowest: two levels where one does are a look-up
+        # more for the same columns.
+        earned = counts.astype(np.float64) ** skew
+        of_the_rarest = budget / layout.value_bytes * earned[-1] / earned.sum()
+        for first in first_widths(layout.dim, of_the_rarest):
+            widths = default_widths(layout.dim, first)
+            _, own, shared_rows, _ = share(widths)
+            if own[0] == counts.size and (exact or positions is None or shared_rows == 0):
+                break
+    assert widths is not None
     while True:
-        own, shared_rows, kept = _share_budget(
-            layout,
-            counts,
-            Costs(widths, layout.value_bytes, positions, ranges),
-            budget,
-            skew,
-            shared_fraction,
-            signature_bytes,
-        )
+        costs, own, shared_rows, kept = share(widths)
         alike = [k for k in range(len(own) - 1) if own[k] == own[k + 1] and kernel_takes(widths[k] + widths[k + 1])]
         if layout.widths is not None or not alike:
             break
@@ -98,10 +127,13 @@ def choose_levels(
         widths = (*widths[:k], widths[k] + widths[k + 1], *widths[k + 2 :])
     if not any(own):  # telling owners from others would take more than there is
         return shared_levels(layout, budget - signature_bytes), signature_bytes
-    costs = Costs(widths, layout.value_bytes, positions, ranges)
-    if positions is not None and own[0] == counts.size and costs([positions, *own[1:]]) <= costs(own):
-        # Rows for a few ids that were not seen cost less than a bitmap that tells them from the others.
-        own = [positions, *own[1:]]
+    costs = replace(costs, shared_rows=shared_rows, everybody=shared_rows == 0 and shared_fraction is None)
+    own = costs.cheapest(own)
+    if positions is not None and own[-1] == counts.size:
+        # All that were seen own all columns. So do those that come, where the budget allows.
+        everybody = [positions] * len(own)
+        if costs(everybody) <= budget - kept:
+            own = everybody
     shared = [shared_rows, *([0] * (len(widths) - 1))]
     check_rows(layout, own[0] + shared_rows)
     return tuple(Level(width, n, s) for width, n, s in zip(widths, own, shared)), kept
@@ -110,6 +142,7 @@ def choose_levels(
 def _share_budget(
     layout: MemoryLayout,
     counts: np.ndarray,
+    exact: bool,
     costs: Costs,
     budget: int,
     skew: float,
@@ -119,21 +152,25 @@ def _share_budget(
     """How many ids own a row of each level, the shared rows of the first, and the bytes kept for signatures."""
     widths = costs.widths
     row_bytes = widths[0] * layout.value_bytes
-    budget -= padding_bytes(widths, layout.value_bytes)
 
-    def choose(shared_rows: int, kept: int) -> list[int]:
-        return choose_owners(counts, widths, skew, budget - kept - shared_rows * row_bytes, costs)
+    def choose(shared_rows: int, kept: int, everybody: bool = False) -> list[int]:
+        of_these = replace(costs, shared_rows=shared_rows, everybody=everybody)
+        return choose_owners(counts, widths, skew, budget - kept, of_these)
 
-    # Where all ids own a row, shared rows are for those that come later, and nothing is left to be signed.
     few = min(len(layout.tables), max(0, budget // row_bytes))
-    if shared_fraction is None and (own := choose(few, 0))[0] == counts.size:
-        return own, few, 0
+    if shared_fraction is None:
+        # Where all ids own a row, shared rows are for those that come later, and nothing is left to be signed.
+        if exact and (own := choose(few, 0))[0] == counts.size:
+            return own, few, 0
+        # Where these own rows of a vocabulary as well, none is needed.
+        if costs.positions is not None and (own := choose(0, 0, everybody=True))[0] == counts.size:
+            return own, 0, 0
     fraction = SHARED_FRACTION if shared_fraction is None else shared_fraction
     shared_rows = max(1, int(fraction * (budget - signature_bytes) / row_bytes))
     own = choose(shared_rows, signature_bytes)
     if shared_fraction is None:
         # No more rows than there are ids to share them, who are fewer the fewer rows there are.
-        while (enough := max(few, counts.size - own[0])) < shared_rows:
+        while exact and (enough := max(few, counts.size - own[0])) < shared_rows:
             shared_rows = enough
             own = choose(shared_rows, signature_bytes)
     return own, shared_rows, signature_bytes

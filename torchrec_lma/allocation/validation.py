@@ -11,8 +11,8 @@ from torchrec_lma.allocation.layout import MAX_ROWS, Level, TableSpec, kernel_ta
 from torchrec_lma.config import check_int
 
 
-def check_tables(tables: Sequence[TableSpec], whole: Sequence[str], of_memories: Sequence[str]) -> None:
-    """Raises ValueError or TypeError unless these can be tables, each whole or in one memory."""
+def check_tables(tables: Sequence[TableSpec], of_memories: Sequence[str]) -> None:
+    """Raises ValueError or TypeError unless these can be tables, each in one memory."""
     for table in tables:
         for name in ("num_embeddings", "embedding_dim"):
             check_int(f"{name} of table {table.name!r}", getattr(table, name), minimum=1)
@@ -20,8 +20,7 @@ def check_tables(tables: Sequence[TableSpec], whole: Sequence[str], of_memories:
         _require(isinstance(table.raw_ids, bool), f"raw_ids of table {table.name!r} is {table.raw_ids!r}")
     names = [table.name for table in tables]
     _require(len(set(names)) == len(names), f"tables {names} have a name twice")
-    placed = [*whole, *of_memories]
-    _require(sorted(placed) == sorted(names), f"tables {names} are not those that are whole or in a memory: {placed}")
+    _require(sorted(of_memories) == sorted(names), f"tables {names} are not those of the memories: {of_memories}")
 
 
 def check_memory(

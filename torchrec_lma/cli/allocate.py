@@ -126,8 +126,6 @@ def _union(ids: dict[str, np.ndarray], more: dict[str, np.ndarray]) -> dict[str,
 
 def _print(allocation: Allocation, path: Path) -> None:
     ids = allocation.provenance["ids"]
-    for table in allocation.whole:
-        print(f"{table}: whole, {ids[table]['seen']:,} ids seen")
     for memory in allocation.memories:
         levels = ", ".join(f"{level.own_rows:,} of {level.width}" for level in memory.levels)
         shared = sum(level.shared_rows for level in memory.levels)

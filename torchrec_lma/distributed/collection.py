@@ -69,7 +69,7 @@ class ShardedLMACollection(ShardedEmbeddingModule[KJTList, list[Tensor], Out, Co
 
 
 class LMASharder(BaseEmbeddingSharder[M]):
-    """Shards an LMA collection: a plan has its level tables and whole tables by name.
+    """Shards an LMA collection: a plan has its level tables by name.
 
     Args:
         plain_sharder: TorchRec's, of the collections in `levels`; fused params, codecs and all else are its.

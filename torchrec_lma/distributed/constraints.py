@@ -36,7 +36,7 @@ def level_constraints(
         constraints: by the name of a logical table, or of a level table (`collection.level_configs()`), which
             then holds as it is; those of other tables are passed through.
     Returns:
-        Constraints of every level table and whole table, and the passed through ones.
+        Constraints of every level table, and the passed through ones.
     Raises:
         ValueError: constraints of tables of one memory contradict each other, or have as many values by feature as
             their table has no features.
@@ -103,14 +103,16 @@ def _constraints_of(
 
 def _shares(level: BaseEmbeddingConfig, collection: LMACollection, slots: Sequence[Slot]) -> list[float]:
     """For each key of a level how many of its slot's ids are looked up there, at most 1."""
-    for memory in collection.allocation.memories:
-        for k, shape in enumerate(memory.levels):
-            if memory.level_name(k) == level.name:
-                known = collection.allocation.provenance.get("ids", {})
-                of_table = {name: known.get(name, {}).get("present") for name in memory.tables}
-                # An id is at one place of a packed row, so each place is asked for a part of them.
-                return [(of_table[s.table][k] if of_table[s.table] else 1.0) / shape.pack for s in slots]
-    return [1.0] * len(slots)  # a whole table
+    memory, k = next(
+        (memory, k)
+        for memory in collection.allocation.memories
+        for k in range(len(memory.levels))
+        if memory.level_name(k) == level.name
+    )
+    known = collection.allocation.provenance.get("ids", {})
+    of_table = {name: known.get(name, {}).get("present") for name in memory.tables}
+    # An id is at one place of a packed row, so each place is asked for a part of them.
+    return [(of_table[s.table][k] if of_table[s.table] else 1.0) / memory.levels[k].pack for s in slots]
 
 
 def _in_common(field: str, level: str, given: Mapping[str, ParameterConstraints]) -> list[str] | None:

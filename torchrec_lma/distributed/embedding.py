@@ -87,7 +87,7 @@ class ShardedLMAEmbeddingCollection(ShardedLMACollection[dict[str, JaggedTensor]
 
     Args:
         module: what is sharded.
-        table_name_to_parameter_sharding: the plan of each level and whole table.
+        table_name_to_parameter_sharding: the plan of each level.
         ec_sharder: shards the collections in `levels`.
         env, device: as in TorchRec.
     """
@@ -191,7 +191,7 @@ class ShardedLMAEmbeddingCollection(ShardedLMACollection[dict[str, JaggedTensor]
 
 
 class LMAEmbeddingCollectionSharder(LMASharder[LMAEmbeddingCollection]):
-    """Shards an LMAEmbeddingCollection: a plan has its level tables and whole tables by name.
+    """Shards an LMAEmbeddingCollection: a plan has its level tables by name.
 
     Args:
         ec_sharder: shards the level tables; fused params, codecs and all else that TorchRec's sharder takes are its.

@@ -54,7 +54,7 @@ class ShardedLMAEmbeddingBagCollection(ShardedLMACollection[KeyedTensor, LMAEmbe
 
     Args:
         module: what is sharded.
-        table_name_to_parameter_sharding: the plan of each level and whole table.
+        table_name_to_parameter_sharding: the plan of each level.
         ebc_sharder: shards `levels`.
         env, device: as in TorchRec.
     """
@@ -137,7 +137,7 @@ def _regrouped(pieces: Pieces, dims: list[int], lengths: Tensor | None, pooled: 
 
 
 class LMAEmbeddingBagCollectionSharder(LMASharder[LMAEmbeddingBagCollection]):
-    """Shards an LMAEmbeddingBagCollection: a plan has its level tables and whole tables by name.
+    """Shards an LMAEmbeddingBagCollection: a plan has its level tables by name.
 
     Args:
         ebc_sharder: shards the level tables; fused params, codecs and all else that TorchRec's sharder takes are its.

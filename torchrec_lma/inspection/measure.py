@@ -125,11 +125,7 @@ class _Rows:
 
 def _bytes_by_part(allocation: Allocation) -> dict[str, int]:
     value_bytes = bytes_per_value(allocation.config.weight_type)
-    parts = {
-        spec.name: (spec.num_embeddings + 1) * spec.embedding_dim * value_bytes
-        for spec in allocation.tables
-        if spec.name in allocation.whole
-    }
+    parts = {}
     for memory in allocation.memories:
         for k, level in enumerate(memory.levels):
             name = f"{memory.level_name(k)}: {level.width} columns of {level.own_rows:,} own"
@@ -143,28 +139,26 @@ def _bytes_by_part(allocation: Allocation) -> dict[str, int]:
 
 def _table(allocation: Allocation, name: str, lookup: _Rows, observed: ObservedIds | None) -> InspectedTable:
     spec = next(spec for spec in allocation.tables if spec.name == name)
-    memory = next((memory for memory in allocation.memories if name in memory.tables), None)
-    widths = [spec.embedding_dim] if memory is None else [level.width for level in memory.levels]
+    memory = next(memory for memory in allocation.memories if name in memory.tables)
+    widths = [level.width for level in memory.levels]
     columns = (0, *accumulate(widths))
     occurrences = None
     if observed is not None:
         items = observed.of_table(name)
-        owns = torch.full_like(items, len(widths))  # how many levels each id owns: they are the first ones
-        if memory is not None:
-            own_rows = torch.tensor([level.own_rows for level in memory.levels]).unsqueeze(1)
-            rows = lookup(name, observed.ids[items])
-            owns = ((rows >= 0) & (rows < own_rows)).sum(0)
+        own_rows = torch.tensor([level.own_rows for level in memory.levels]).unsqueeze(1)
+        rows = lookup(name, observed.ids[items])
+        owns = ((rows >= 0) & (rows < own_rows)).sum(0)  # how many levels each id owns: they are the first ones
         counted = torch.bincount(owns, minlength=len(columns)).tolist()
         of_count = torch.zeros(len(columns), dtype=torch.int64).index_add_(0, owns, observed.count[items])
         occurrences = tuple((of_count / max(1, int(of_count.sum()))).tolist())
     else:
         record = allocation.provenance.get("ids", {}).get(name, {})
         seen = record.get("seen", 0)
-        own = [seen, *(record.get("own", [0] * len(widths)) if memory is not None else [seen]), 0]
+        own = [seen, *record.get("own", [0] * len(widths)), 0]
         counted = [more - less for more, less in pairwise(own)]
     return InspectedTable(
         table=name,
-        memory=None if memory is None else memory.name,
+        memory=memory.name,
         num_embeddings=spec.num_embeddings,
         columns=columns,
         ids=tuple(counted),

@@ -12,14 +12,14 @@ class InspectedTable:
     """The ids of one logical table.
 
     Attributes:
-        memory: that it shares; None for a whole table.
+        memory: that it shares.
         columns: 0, and the widths of the memory's levels added up: how many columns an id can own.
         ids: for each of these how many ids own so many. Those that own none share rows, or are absent.
         occurrences: for each of these the share of the table's occurrences; None where only data tell.
     """
 
     table: str
-    memory: str | None
+    memory: str
     num_embeddings: int
     columns: tuple[int, ...]
     ids: tuple[int, ...]
@@ -104,10 +104,7 @@ class Inspection:
         parts = [f"fingerprint {self.fingerprint}\n{config}\n{self._about_ids()}"]
         lines = [(part, f"{n:,}") for part, n in self.bytes_by_part.items()]
         parts.append(text_table(("part", "bytes"), [*lines, ("total", f"{sum(self.bytes_by_part.values()):,}")]))
-        whole = [table.table for table in self.tables if table.memory is None]
-        if whole:
-            parts.append(f"whole tables, of all columns for each id: {', '.join(whole)}")
-        for memory in dict.fromkeys(table.memory for table in self.tables if table.memory is not None):
+        for memory in dict.fromkeys(table.memory for table in self.tables):
             parts.append(_columns_table([table for table in self.tables if table.memory == memory]))
         if self.crowding:
             crowded = [

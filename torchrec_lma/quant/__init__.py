@@ -24,7 +24,7 @@ What was found of `shard_quant_model` on the CPU with torchrec 1.8 and 1.9, for 
 * It needs `torchrec.distributed.global_settings.set_propogate_device(True)`.
 * Table-wise, row-wise and column-wise give what the unsharded module gives, in INT8 and INT4, weighted or not, eager
   and scripted. Row-wise adds the parts of a bag in another order.
-* Constraints name level tables and whole tables, as `levels.embedding_bags` does.
+* Constraints name level tables, as `levels.embedding_bags` does.
 * FP32 and FP16 tables are sharded table-wise only, by a QuantEmbeddingBagCollectionSharder that does not split scales
   from values, which they do not have; their weights go across by TorchRec's `get_table_to_weights_from_tbe` and
   `assign_weights_to_tbe`.

@@ -47,7 +47,7 @@ def quantize(
     Args:
         model: trained, its weights loaded; its tables are replaced in place.
         dtype: of the weights, a value of DTYPES.
-        per_table_weight_dtype: of single tables, by name: a level, a whole or full table, or a logical table whose
+        per_table_weight_dtype: of single tables, by name: a level, a full table, or a logical table whose
             rows are in levels. Those levels are shared by all tables of its memory, so they get its dtype only if all
             of these tables are named with the same one.
     Returns:
