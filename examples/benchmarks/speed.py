@@ -1,10 +1,10 @@
 """How long LMA tables take beside full ones, interleaved in one process.
 
-Everything goes through DistributedModelParallel with fused row-wise Adagrad: TorchRec's full tables, the hashing trick
-(a plain table of as many rows as fit in the compressed bytes), TorchRec's managed-collision collection of that size,
-and LMA tables with the settings given. Timed are the embeddings' forward, forward and backward, the remap alone, and a
-whole DLRM step through TrainPipelineSparseDist on 1 and 2 ranks; minima and medians of interleaved repeats, and their
-ratios to full tables.
+Everything goes through DistributedModelParallel with fused row-wise Adagrad: TorchRec's full tables, and in the
+compressed bytes tables of a smaller dim in FP16, the hashing trick (a plain table of as many rows as fit), TorchRec's
+managed-collision collection, and LMA tables with the settings given. Timed are the embeddings' forward, forward and
+backward, the remap alone, and a whole DLRM step through TrainPipelineSparseDist on 1 and 2 ranks; minima and medians of
+interleaved repeats, and their ratios to full tables.
 
     python examples/benchmarks/speed.py                              # both workloads, pooling 1 and 20, 1 and 2 ranks
     python examples/benchmarks/speed.py --workload equal --pooling 1 --world-size 1 --data-type FP16 FP32
@@ -40,6 +40,7 @@ from torchrec.distributed.sharding_plan import construct_module_sharding_plan, r
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.distributed.types import ShardingPlan
 from torchrec.models.dlrm import DLRM, DLRMTrain
+from torchrec.modules.embedding_configs import DataType
 from torchrec.modules.mc_embedding_modules import ManagedCollisionEmbeddingBagCollection
 from torchrec.modules.mc_modules import (
     DistanceLFU_EvictionPolicy,
@@ -76,13 +77,16 @@ class Workload:
     batch_size: int
     in_order: bool = False
 
-    def tables(self, divide_by: float = 1.0) -> list[EmbeddingBagConfig]:
+    def tables(
+        self, divide_by: float = 1.0, dim: int = DIM, data_type: DataType = DataType.FP32
+    ) -> list[EmbeddingBagConfig]:
         return [
             EmbeddingBagConfig(
                 name=f"t{i}",
                 num_embeddings=max(1, int(size / divide_by)),
-                embedding_dim=DIM,
+                embedding_dim=dim,
                 feature_names=[f"f{i}"],
+                data_type=data_type,
             )
             for i, size in enumerate(self.sizes)
         ]
@@ -167,6 +171,7 @@ def methods(
     """LMA tables of each allocation, beside those of these names; the first is what the others are compared with."""
     meta = torch.device("meta")
     small = workload.tables(divide_by=COMPRESSION)
+    narrow = workload.tables(dim=int(2 * DIM / COMPRESSION), data_type=DataType.FP16)
 
     def managed_collision() -> nn.Module:
         tables = workload.tables(divide_by=COMPRESSION)
@@ -190,6 +195,7 @@ def methods(
     ]
     others = [
         Method("full", lambda: EmbeddingBagCollection(workload.tables(), device=meta)),
+        Method("smaller dim", lambda: EmbeddingBagCollection(narrow, device=meta)),
         Method("hashing trick", lambda: EmbeddingBagCollection(small, device=meta), lambda x: hashed(x, small)),
         Method("managed collision", managed_collision),
     ]
@@ -212,10 +218,11 @@ def shard(model: nn.Module, ebc: nn.Module, batch_size: int, device: torch.devic
         return DistributedModelParallel(model, device=device, plan=plan, sharders=sharders)
     inner: Any = getattr(ebc, "levels", ebc)
     # Data-parallel tables would have no fused optimizer.
-    constraints = {
-        table.name: ParameterConstraints(sharding_types=["table_wise", "column_wise"], compute_kernels=["fused"])
-        for table in inner.embedding_bag_configs()
-    }
+    fused = ParameterConstraints(
+        sharding_types=["table_wise", "column_wise", *(["row_wise"] if world_size > 1 else [])],
+        compute_kernels=["fused"],
+    )
+    constraints = {table.name: fused for table in inner.embedding_bag_configs()}
     planner = EmbeddingShardingPlanner(topology=topology, batch_size=batch_size, constraints=constraints)
     plan = planner.collective_plan(model, sharders, dist.GroupMember.WORLD)
     return DistributedModelParallel(model, device=device, plan=plan, sharders=sharders)
@@ -266,10 +273,11 @@ def time_step(found: list[Method], workload: Workload, repeats: int, warm_up: in
     steps = 10 if device.type == "cuda" else 1  # for each time: a GPU is to run behind the host, as in training
     pipelines: list[tuple[Method, TrainPipelineSparseDist, Iterator[Batch]]] = []
     for method in found:
-        ebc = method.tables()
+        ebc: Any = method.tables()
         if isinstance(ebc, ManagedCollisionEmbeddingBagCollection):
             continue  # returns a tuple, which DLRM does not take
-        dlrm = DLRM(ebc, DENSE_FEATURES, [512, 256, DIM], [512, 512, 256, 1], dense_device=device)
+        dim = ebc.embedding_bag_configs()[0].embedding_dim
+        dlrm = DLRM(ebc, DENSE_FEATURES, [512, 256, dim], [512, 512, 256, 1], dense_device=device)
         model = shard(DLRMTrain(dlrm), ebc, workload.batch_size, device)
         layers = dict(in_backward_optimizer_filter(model.named_parameters()))
         optimizer = CombinedOptimizer(
@@ -399,7 +407,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="of each rank (default: the cores, shared by the ranks)")
     parser.add_argument("--in-order", action="store_true", help="vocabularies are sorted by frequency")
     parser.add_argument("--raw-ids", action="store_true", help="also LMA tables of raw ids")
-    others = ["full", "hashing trick", "managed collision"]
+    others = ["full", "smaller dim", "hashing trick", "managed collision"]
     parser.add_argument(
         "--beside", nargs="*", choices=others, default=others, help="other tables to time (default: all)"
     )
