@@ -1,10 +1,10 @@
 # `make test` and `make demo` need python3.11, git and pip; the rest they install in .venv, once.
 #   make PYTHON=/path/to/python3.11      another interpreter
 #   make DEVICE=cpu | cuda               overrides the look for an NVIDIA GPU
-#   make TORCHREC=1.8 test               another torchrec that is supported, in .venv-torchrec1.8
+#   make TORCHREC=1.9 test               another torchrec that is supported, in .venv-torchrec1.9
 PYTHON ?= python3.11
 DEVICE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
-DEFAULT_TORCHREC := 1.9
+DEFAULT_TORCHREC := $(if $(filter cuda,$(DEVICE)),1.9,1.8)
 TORCHREC ?= $(DEFAULT_TORCHREC)
 
 ifeq ($(filter 1.8 1.9,$(TORCHREC)),)
@@ -17,25 +17,20 @@ COMPLETE := $(VENV)/.complete
 IN_VENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 PYTHON_IN_VENV := $(IN_VENV) $(VENV)/bin/python
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
-# Of every path one test file: train, shard, checkpoint and restart, export, serve.
-SMOKE := test_modules distributed/test_training_stack distributed/test_sharded examples/test_train quant/test_export \
-	serving/test_serving_end_to_end
-
 # Of mypy in tests, which give wrong types on purpose and read values of any type from JSON and option lists.
 UNCHECKED := arg-type assignment func-returns-value index list-item misc operator union-attr
 
-.PHONY: help venv demo test test-slow smoke coverage lint docs clean
+.PHONY: help venv demo test test-slow coverage lint docs clean
 
 help:
 	@echo "make test        the tests (python -m pytest)"
 	@echo "make test-slow   the slow tests (python -m pytest -m slow)"
-	@echo "make smoke       some of the tests, of every path: a few minutes"
 	@echo "make coverage    the tests, and which lines of the library none of them runs"
 	@echo "make demo        full and LMA tables compared on MovieLens-100K through torchx, one served (examples/dlrm/demo.py)"
 	@echo "make lint        ruff and mypy"
 	@echo "make docs        the documentation as a site, with the API reference, in build/site"
 	@echo "make clean       remove the environments, build products and caches; runs/ stays"
-	@echo "Any of them with TORCHREC=1.8: with that torchrec instead of $(DEFAULT_TORCHREC)"
+	@echo "Any of them with TORCHREC=1.8 or 1.9: with that torchrec; without, with $(DEFAULT_TORCHREC)"
 
 venv: $(COMPLETE)
 
@@ -66,9 +61,6 @@ test: venv
 
 test-slow: venv
 	$(PYTHON_IN_VENV) -m pytest -m slow
-
-smoke: venv
-	$(PYTHON_IN_VENV) -m pytest $(SMOKE:%=tests/%.py)
 
 coverage: venv
 	$(PYTHON_IN_VENV) -m pytest --cov=torchrec_lma --cov-report=term-missing:skip-covered

@@ -8,8 +8,8 @@ import warnings
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
-# Minor versions of torchrec, and of the FBGEMM that each is made for; first the one of the extras cpu and cuda.
-TESTED = ("1.9", "1.8")
+# Minor versions of torchrec, and of the FBGEMM that each is made for; first the one of the extra cpu.
+TESTED = ("1.8", "1.9")
 EXTRAS = {
     "google": "serve",
     "grpc": "serve",
