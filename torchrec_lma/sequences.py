@@ -43,7 +43,8 @@ class LMAEmbeddingCollection(LMACollection, EmbeddingCollectionInterface):
         need_indices: whether the ids are in the output, as weights of the JaggedTensors.
         device: of the parameters; the allocation stays on the CPU while this is "meta".
         strict: an id outside of its table's [0, num_embeddings) is an error. Without it such ids are treated as unseen,
-            and counted in `remap.out_of_vocabulary`. Tables of raw ids (`LMAConfig.raw_ids`) take any integer.
+            where all ids own a row as id 0, and counted in `remap.out_of_vocabulary`. Tables of raw ids
+            (`LMAConfig.raw_ids`) take any integer.
     Raises:
         ValueError: tables of several dims; an allocation made for other tables.
 
