@@ -202,7 +202,8 @@ def regroup(
         blank = blanks[group]
         if end - slot > 1:  # slot by slot, not level by level
             # On a GPU padding takes a third of the time of a cat with zeros.
-            pieces = [torch.nn.functional.pad(torch.cat(pieces, dim=2), [0, blank])]
+            joined = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+            pieces = [torch.nn.functional.pad(joined, [0, blank]) if blank > 0 else joined]
         elif blank > 0:
             pieces.append(_zeros(pieces[0], 1, blank))
         outputs += [piece.flatten(1) for piece in pieces]
