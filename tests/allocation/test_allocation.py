@@ -287,7 +287,7 @@ def test_columns_are_earned_in_proportion_to_a_power_of_the_frequency(
                 if cost(more) <= budget:
                     expected = more
                     break
-    assert choose_owners(np.array(counts), widths, skew, budget, Costs(widths, value_bytes, n, None)) == expected
+    assert choose_owners(np.array(counts), widths, skew, budget, Costs(widths, value_bytes, None)) == expected
 
 
 @holds_for_every_input(300)
@@ -297,7 +297,7 @@ def test_owners_are_nested_and_within_the_budget(
 ) -> None:
     counts = sorted(counts, reverse=True)
     budget = int(share * len(counts) * (sum(widths) * 2 + 6))
-    own = choose_owners(np.array(counts), widths, skew, budget, Costs(widths, 2, len(counts), positions))
+    own = choose_owners(np.array(counts), widths, skew, budget, Costs(widths, 2, positions))
     assert all(0 <= b <= a for a, b in itertools.pairwise([len(counts), *own]))
     assert reference_bytes(own, widths, 2, positions) <= max(budget, 0)
 
@@ -435,6 +435,18 @@ def test_the_first_level_is_as_wide_as_the_budget_allows_to_all(compression: int
         assert first.width < widths[0] and first.own_rows == 80 and 0 < second.own_rows < 80
     else:
         assert first.own_rows < 80 <= first.own_rows + first.shared_rows + second.own_rows + 80
+
+
+@pytest.mark.parametrize(
+    "seen, first", [(49, Level(8, own_rows=100, shared_rows=0)), (48, Level(16, own_rows=48, shared_rows=1))]
+)
+def test_ids_that_were_not_seen_own_a_row_unless_the_others_would_own_twice_as_much(seen: int, first: Level) -> None:
+    rows: list[Row] = [{"user": [2 * i]} for i in range(seen)]
+    tables = [table("user", dim=16, num_embeddings=100)]
+    allocation = build(rows, tables, LMAConfig(compression=4))
+    assert allocation.memories[0].levels[0] == first
+    found = level_rows(allocation, "user", [1, 3, 99], tables)[0].tolist()
+    assert found == ([1, 3, 99] if first.shared_rows == 0 else [48] * 3)
 
 
 def test_a_budget_of_full_tables_is_full_tables() -> None:
@@ -773,7 +785,7 @@ def test_a_level_of_too_many_rows_is_refused() -> None:
         Allocation.hashed(tables, LMAConfig(compression=4))
     fits = Allocation.hashed(tables, LMAConfig(memory_bytes=8 * (2**31 - 1)))
     assert fits.memories[0].levels[0].rows == 2**31 - 1
-    with pytest.raises(ValueError, match=f"{2**32 + 1} rows, the most is"):
+    with pytest.raises(ValueError, match=f"{2**32} rows, the most is"):
         build([{"user": [1]}], tables, LMAConfig(compression=1))
 
 

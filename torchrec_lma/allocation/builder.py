@@ -36,9 +36,11 @@ class AllocationBuilder:
         source: what similarity of ids that share rows is measured on, for all tables or by table name; None, or a table
             left out, gives no signatures: they share by hash. SimHash needs vectors: see `from_vectors`.
         shared_fraction: share of the bytes of rows for those that ids share, in [0, 1]. None: an eighth where not every
-            id that was seen has an own row, else a few rows for ids that were not. With 1 no id owns a row, all levels
-            are shared and have equally many rows: with levels of equal width and a source that is the paper's LMA. So
-            they are too where nothing is known of ids, or telling owners from others would take all bytes there are.
+            id that was seen has an own row, else a row for each table's ids that were not, or none where all ids of the
+            vocabularies own one, as they do unless the others could own twice the columns. With 1 no id owns a row,
+            all levels are shared and have equally many rows: with levels of equal width and a source that is the
+            paper's LMA. So they are too where nothing is known of ids, or telling owners from others would take all
+            bytes there are.
         signature_fraction: share of the budget for signatures, in [0, 1). The most frequent ids that share rows get
             them, as many as fit. Not used without a source.
         max_ids: distinct ids of all tables together that are counted exactly, at 24 bytes each and 2 MiB at most. Where

@@ -27,39 +27,25 @@ RANGE_BYTES = 16  # int64 [2]
 class Costs:
     """Bytes of the levels of a memory in which the first `own[k]` ids, most frequent first, own a row of level k.
 
-    Where all ids that were seen own a row of the first level, so do all of the vocabularies, if that takes less or has
-    to be.
-
     Attributes:
         widths: columns of each level.
         value_bytes: of a weight.
-        seen: how many ids were seen.
         positions: ids of all vocabularies; None for raw ids, whose owners are found in an index.
         ranges: of ids sorted by frequency, how many tables: a level needs a range of each. None where they are not.
         shared_rows: of the first level.
-        everybody: whether those that were not seen have to own a row of it.
+        everybody: whether all ids of the vocabularies own a row of the first level, seen or not.
     """
 
     widths: Sequence[int]
     value_bytes: int
-    seen: int
     positions: int | None
     ranges: int | None = None
     shared_rows: int = 0
     everybody: bool = False
 
     def __call__(self, own: Sequence[int]) -> int:
-        return self._of(self.cheapest(own))
-
-    def cheapest(self, own: Sequence[int]) -> list[int]:
-        """`own`, or with own rows of the first level for ids of the vocabularies that were not seen, too."""
-        if self.positions is not None and own[0] == self.seen:
-            everybody = [self.positions, *own[1:]]
-            if self.everybody or self._of(everybody) <= self._of(own):
-                return everybody
-        return list(own)
-
-    def _of(self, own: Sequence[int]) -> int:
+        if self.everybody and self.positions is not None:
+            own = [self.positions, *own[1:]]
         shared = [self.shared_rows, *([0] * (len(own) - 1))]
         levels = [Level(*level) for level in zip(self.widths, own, shared)]
         total = sum(level.table_rows * level.table_width for level in levels) * self.value_bytes
@@ -101,24 +87,27 @@ def choose_levels(
     if shared_fraction == 1 or counts.size == 0:
         return shared_levels(layout, budget - signature_bytes), signature_bytes
 
-    def share(widths: Sequence[int]) -> tuple[Costs, list[int], int, int]:
-        costs = Costs(widths, layout.value_bytes, counts.size, positions, ranges)
-        return costs, *_share_budget(layout, counts, exact, costs, budget, skew, shared_fraction, signature_bytes)
+    def share(widths: Sequence[int], everybody: bool) -> _Shares:
+        costs = Costs(widths, layout.value_bytes, positions, ranges, everybody=everybody)
+        return _share_budget(layout, counts, exact, costs, budget, skew, shared_fraction, signature_bytes)
 
-    widths = layout.widths
-    if widths is None:
-        # The widest first level of which all ids own a row, or the narrowest: two levels where one does are a look-up
-        # more for the same columns.
-        earned = counts.astype(np.float64) ** skew
-        of_the_rarest = budget / layout.value_bytes * earned[-1] / earned.sum()
-        for first in first_widths(layout.dim, of_the_rarest):
-            widths = default_widths(layout.dim, first)
-            _, own, shared_rows, _ = share(widths)
-            if own[0] == counts.size and (exact or positions is None or shared_rows == 0):
-                break
-    assert widths is not None
+    # Those of a vocabulary that were not seen may come, and beyond the sample most have been. So they own a row, too,
+    # unless the others would own twice the columns without them.
+    everybody = False
+    if layout.widths is not None:
+        widths = layout.widths
+        if positions is not None and shared_fraction is None and (not exact or positions <= 2 * counts.size):
+            everybody = share(widths, True).all_own
+    else:
+        of_seen = _widest(layout, counts, budget, skew, lambda widths: share(widths, False).all_own)
+        widths = of_seen or default_widths(layout.dim, 1)
+        if positions is not None and shared_fraction is None:
+            of_all = _widest(layout, counts, budget, skew, lambda widths: share(widths, True).all_own)
+            if of_all is not None and (of_seen is None or of_seen[0] < 2 * of_all[0]):
+                everybody, widths = True, of_all
     while True:
-        costs, own, shared_rows, kept = share(widths)
+        shares = share(widths, everybody)
+        own = [positions, *shares.own[1:]] if everybody and positions is not None else shares.own
         alike = [k for k in range(len(own) - 1) if own[k] == own[k + 1] and kernel_takes(widths[k] + widths[k + 1])]
         if layout.widths is not None or not alike:
             break
@@ -127,16 +116,39 @@ def choose_levels(
         widths = (*widths[:k], widths[k] + widths[k + 1], *widths[k + 2 :])
     if not any(own):  # telling owners from others would take more than there is
         return shared_levels(layout, budget - signature_bytes), signature_bytes
-    costs = replace(costs, shared_rows=shared_rows, everybody=shared_rows == 0 and shared_fraction is None)
-    own = costs.cheapest(own)
-    if positions is not None and own[-1] == counts.size:
-        # All that were seen own all columns. So do those that come, where the budget allows.
-        everybody = [positions] * len(own)
-        if costs(everybody) <= budget - kept:
-            own = everybody
-    shared = [shared_rows, *([0] * (len(widths) - 1))]
-    check_rows(layout, own[0] + shared_rows)
-    return tuple(Level(width, n, s) for width, n, s in zip(widths, own, shared)), kept
+    shared = [shares.shared_rows, *([0] * (len(widths) - 1))]
+    check_rows(layout, own[0] + shares.shared_rows)
+    return tuple(Level(width, n, s) for width, n, s in zip(widths, own, shared)), shares.kept
+
+
+@dataclass(frozen=True)
+class _Shares:
+    """How a budget is spent.
+
+    Attributes:
+        own: how many of the ids that were seen own a row of each level.
+        shared_rows: of the first level.
+        kept: bytes for signatures.
+        all_own: whether all ids own a row of the first level, but maybe for those that were not seen.
+    """
+
+    own: list[int]
+    shared_rows: int
+    kept: int
+    all_own: bool
+
+
+def _widest(
+    layout: MemoryLayout, counts: np.ndarray, budget: int, skew: float, all_own: Callable[[tuple[int, ...]], bool]
+) -> tuple[int, ...] | None:
+    """Widths with the widest first level of which all ids own a row; None where there is none.
+
+    Two levels where one does would be a look-up more for the same columns.
+    """
+    earned = counts.astype(np.float64) ** skew
+    of_the_rarest = budget / layout.value_bytes * earned[-1] / earned.sum()
+    by_first = (default_widths(layout.dim, first) for first in first_widths(layout.dim, of_the_rarest))
+    return next(filter(all_own, by_first), None)
 
 
 def _share_budget(
@@ -148,23 +160,19 @@ def _share_budget(
     skew: float,
     shared_fraction: float | None,
     signature_bytes: int,
-) -> tuple[list[int], int, int]:
-    """How many ids own a row of each level, the shared rows of the first, and the bytes kept for signatures."""
+) -> _Shares:
     widths = costs.widths
     row_bytes = widths[0] * layout.value_bytes
 
-    def choose(shared_rows: int, kept: int, everybody: bool = False) -> list[int]:
-        of_these = replace(costs, shared_rows=shared_rows, everybody=everybody)
-        return choose_owners(counts, widths, skew, budget - kept, of_these)
+    def choose(shared_rows: int, kept: int) -> list[int]:
+        return choose_owners(counts, widths, skew, budget - kept, replace(costs, shared_rows=shared_rows))
 
+    # Where all ids own a row, nothing is left to be signed, and shared rows are for those that come later.
+    if costs.everybody:
+        return _Shares(own := choose(0, 0), 0, 0, all_own=own[0] == counts.size)
     few = min(len(layout.tables), max(0, budget // row_bytes))
-    if shared_fraction is None:
-        # Where all ids own a row, shared rows are for those that come later, and nothing is left to be signed.
-        if exact and (own := choose(few, 0))[0] == counts.size:
-            return own, few, 0
-        # Where these own rows of a vocabulary as well, none is needed.
-        if costs.positions is not None and (own := choose(0, 0, everybody=True))[0] == counts.size:
-            return own, 0, 0
+    if shared_fraction is None and exact and (own := choose(few, 0))[0] == counts.size:
+        return _Shares(own, few, 0, all_own=True)
     fraction = SHARED_FRACTION if shared_fraction is None else shared_fraction
     shared_rows = max(1, int(fraction * (budget - signature_bytes) / row_bytes))
     own = choose(shared_rows, signature_bytes)
@@ -173,7 +181,8 @@ def _share_budget(
         while exact and (enough := max(few, counts.size - own[0])) < shared_rows:
             shared_rows = enough
             own = choose(shared_rows, signature_bytes)
-    return own, shared_rows, signature_bytes
+    known = exact or costs.positions is None
+    return _Shares(own, shared_rows, signature_bytes, all_own=known and own[0] == counts.size)
 
 
 def choose_owners(counts: np.ndarray, widths: Sequence[int], skew: float, budget: int, costs: Costs) -> list[int]:
