@@ -230,13 +230,16 @@ def test_the_cases_are_of_every_kind() -> None:
     assert not has_one_row_an_id(modules["bitmaps"])
 
 
-def remap_lengths(lengths: list[int]) -> None:
-    module = remap("bitmaps", False)
+def remap_lengths(case: str, lengths: list[int]) -> None:
+    module = remap(case, False)
     features = KeyedJaggedTensor(module.features, torch.arange(6), lengths=torch.tensor(lengths))
     importlib.import_module("torchrec_lma.gpu_remap").remap_batch(module, features)
 
 
-@pytest.mark.parametrize("lengths", [[9, 0, 0, 0], [3, -9, 9, 1]])
-def test_lengths_that_are_not_of_the_values_are_refused(interpreter: ProcessPoolExecutor, lengths: list[int]) -> None:
+@pytest.mark.parametrize("case", ["bitmaps", "all own the same columns"])
+@pytest.mark.parametrize("lengths", [[9, 0, 0, 0], [3, -9, 9, 1], [9, -9, 3, 3, 0, 0, 0, 0]])
+def test_lengths_that_are_not_of_the_values_are_refused(
+    interpreter: ProcessPoolExecutor, case: str, lengths: list[int]
+) -> None:
     with pytest.raises(ValueError, match="lengths that are negative, or 6 values and lengths that add up to"):
-        interpreter.submit(remap_lengths, lengths).result()
+        interpreter.submit(remap_lengths, case, lengths).result()

@@ -33,15 +33,15 @@ def learned() -> LMAEmbeddingBagCollection:
     """A level of two columns (packed), one of four with a bitmap, and one that nobody owns."""
     tables = [table("user", 1000, 8)]
     widths, ids = (2, 4, 2), torch.arange(1000)
-    # 1000 rows of 4 bytes, two in one of 8; a bitmap of 1000 ids; 100 rows of 8.
-    config = LMAConfig(memory_bytes=500 * 8 + 32 * 8 + 100 * 8, widths=widths, skew=0)
+    # 1000 + 1 rows of 4 bytes, filled up to 501 of 8; a bitmap of 1000 ids; 100 rows of 8.
+    config = LMAConfig(memory_bytes=501 * 8 + 32 * 8 + 100 * 8, widths=widths, skew=0)
     builder = AllocationBuilder(tables, config)
     allocation = builder.update(
         # User 5 occurs twice, so that they are not in order of frequency.
         KeyedJaggedTensor(["f_user"], torch.cat([ids, torch.tensor([5])]), lengths=1 + (ids == 999).long())
     ).build()
     (memory,) = allocation.memories
-    assert [(level.own_rows, level.shared_rows) for level in memory.levels] == [(1000, 0), (100, 0), (0, 0)]
+    assert [(level.own_rows, level.shared_rows) for level in memory.levels] == [(1000, 1), (100, 0), (0, 0)]
     return LMAEmbeddingBagCollection(tables, allocation)
 
 
@@ -65,7 +65,7 @@ def test_levels_and_bitmaps() -> None:
     # One fp32 of the optimizer for each row of a TorchRec table.
     assert [(m.name, m.rows, m.weight_bytes, m.optimizer_bytes, m.allocation_bytes, m.full_bytes)
             for m in report.memories] == [
-        ("user_lma8", 600, 500 * 8 + 100 * 8, 600 * 4, 32 * 8, 32_000),
+        ("user_lma8", 601, 501 * 8 + 100 * 8, 601 * 4, 32 * 8, 32_000),
     ]  # fmt: skip
     assert report.weight_bytes + report.allocation_bytes <= ebc.config.memory_bytes
     assert report.weight_bytes == sum(p.numel() * p.element_size() for p in ebc.parameters())

@@ -150,7 +150,8 @@ class LMACollection(nn.Module):
             ids: integer [N], any values.
         Returns:
             For each level of the table's memory, by the name of its TorchRec table, int64 [N]: the row of each id, own
-            rows before shared ones, -1 where the id is absent. A level of 1 or 2
+            rows before shared ones, -1 where the id is absent. Where all ids of a vocabulary own a row and none is
+            shared, ids outside of it have those of id 0. A level of 1 or 2
             columns has several of its rows in one row of the TorchRec table: see `allocation.layout.Level.pack`.
         Raises:
             ValueError: an unknown table. TypeError: ids that are not integers.

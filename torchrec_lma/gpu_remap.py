@@ -185,8 +185,8 @@ def remap_batch(
         of_bags = parts[0] if len(parts) == 1 else torch.cat(parts)
         n_rows = until[-1:]
     sums = of_bags.sum().view(1) if is_variable else of_bags.view(-1, batch.stride()).sum(1)
-    *of_each_key, m, n_given = torch.cat([sums, n_rows, offsets[-1:]]).tolist()
-    if min(of_each_key) < 0 or sum(of_each_key) != m or not 0 <= n_given <= n:
+    *of_each_key, least, m, n_given = torch.cat([sums, of_bags.min().view(1), n_rows, offsets[-1:]]).tolist()
+    if least < 0 or sum(of_each_key) != m or not 0 <= n_given <= n:
         raise ValueError(
             f"the KeyedJaggedTensor has lengths that are negative, or {n} values and lengths that add up to {n_given}; "
             "check how the batch was cut"

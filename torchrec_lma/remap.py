@@ -42,7 +42,8 @@ class Remap(nn.Module):
         keys: of the batch of rows: for each level of each memory, for each place in a packed row,
             `<table>/<feature>/<level>/<place>`.
         sources: the index in `slots` of each key.
-        out_of_vocabulary: int64 [], how many ids so far were outside of their vocabulary. They are treated as unseen.
+        out_of_vocabulary: int64 [], how many ids so far were outside of their vocabulary. They are treated as unseen,
+            or where no row is shared as id 0.
         strict: raise an error for them instead.
     """
 
@@ -139,7 +140,8 @@ class Remap(nn.Module):
         if self.strict and bool(n_outside > 0):
             raise ValueError(
                 f"{int(n_outside)} ids of the batch are outside of their table's [0, num_embeddings); correct the "
-                "vocabulary, name the table in LMAConfig.raw_ids, or leave strict off, which treats them as unseen"
+                "vocabulary, name the table in LMAConfig.raw_ids, or leave strict off, which treats them as unseen or "
+                "as id 0"
             )
 
     def check_state_dict(self, state_dict: dict[str, Any], prefix: str) -> None:

@@ -160,7 +160,9 @@ class MemoryBuilder:
             "own": [own.numel() for own in own_of_level],
             # Of the occurrences of the table's ids: what a planner should know of a level.
             "present": [
-                1.0 if level.shared_rows else int(of.ids.count[own].sum()) / occurrences
+                1.0
+                if level.shared_rows or level.own_rows == of.n_positions
+                else int(of.ids.count[own].sum()) / occurrences
                 for level, own in zip(levels, own_of_level)
             ],
             "with_signature": int(here[signed].sum()),

@@ -10,6 +10,7 @@ from torch import Tensor
 from torchrec_lma.allocation.bitmap import bitmap_bytes, build_bitmap
 from torchrec_lma.allocation.index import build_index, index_bytes
 from torchrec_lma.allocation.layout import (
+    MAX_ROWS,
     Level,
     MemoryLayout,
     check_rows,
@@ -93,15 +94,16 @@ def choose_levels(
 
     # Those of a vocabulary that were not seen may come, and beyond the sample most have been. So they own a row, too,
     # unless the others would own twice the columns without them.
+    may_all = shared_fraction is None and positions is not None and positions <= MAX_ROWS
     everybody = False
     if layout.widths is not None:
         widths = layout.widths
-        if positions is not None and shared_fraction is None and (not exact or positions <= 2 * counts.size):
+        if may_all and (not exact or (positions or 0) <= 2 * counts.size):
             everybody = share(widths, True).all_own
     else:
         of_seen = _widest(layout, counts, budget, skew, lambda widths: share(widths, False).all_own)
         widths = of_seen or default_widths(layout.dim, 1)
-        if positions is not None and shared_fraction is None:
+        if may_all:
             of_all = _widest(layout, counts, budget, skew, lambda widths: share(widths, True).all_own)
             if of_all is not None and (of_seen is None or of_seen[0] < 2 * of_all[0]):
                 everybody, widths = True, of_all
@@ -114,10 +116,19 @@ def choose_levels(
         # The same ids own two levels: as one they take one look-up.
         k = alike[0]
         widths = (*widths[:k], widths[k] + widths[k + 1], *widths[k + 2 :])
+    shared_rows = shares.shared_rows
+    of_all_columns = Costs(widths, layout.value_bytes, positions)
+    if (
+        positions is not None
+        and may_all
+        and own[-1] == counts.size
+        and of_all_columns([positions] * len(own)) <= budget
+    ):
+        own, shared_rows = [positions] * len(own), 0  # more than those who were seen can use
     if not any(own):  # telling owners from others would take more than there is
         return shared_levels(layout, budget - signature_bytes), signature_bytes
-    shared = [shares.shared_rows, *([0] * (len(widths) - 1))]
-    check_rows(layout, own[0] + shares.shared_rows)
+    shared = [shared_rows, *([0] * (len(widths) - 1))]
+    check_rows(layout, own[0] + shared_rows)
     return tuple(Level(width, n, s) for width, n, s in zip(widths, own, shared)), shares.kept
 
 
@@ -129,7 +140,7 @@ class _Shares:
         own: how many of the ids that were seen own a row of each level.
         shared_rows: of the first level.
         kept: bytes for signatures.
-        all_own: whether all ids own a row of the first level, but maybe for those that were not seen.
+        all_own: whether all ids that were seen own a row of the first level.
     """
 
     own: list[int]
@@ -161,6 +172,7 @@ def _share_budget(
     shared_fraction: float | None,
     signature_bytes: int,
 ) -> _Shares:
+    """How a budget is spent on levels of given widths: see `choose_levels`."""
     widths = costs.widths
     row_bytes = widths[0] * layout.value_bytes
 
@@ -168,9 +180,13 @@ def _share_budget(
         return choose_owners(counts, widths, skew, budget - kept, replace(costs, shared_rows=shared_rows))
 
     # Where all ids own a row, nothing is left to be signed, and shared rows are for those that come later.
-    if costs.everybody:
-        return _Shares(own := choose(0, 0), 0, 0, all_own=own[0] == counts.size)
     few = min(len(layout.tables), max(0, budget // row_bytes))
+    if costs.everybody:
+        for shared_rows in (few, 0):  # or are of no vocabulary
+            own = [counts.size, *choose(shared_rows, 0)[1:]]
+            if fits := replace(costs, shared_rows=shared_rows)(own) <= budget:
+                break
+        return _Shares(own, shared_rows, 0, all_own=fits)
     if shared_fraction is None and exact and (own := choose(few, 0))[0] == counts.size:
         return _Shares(own, few, 0, all_own=True)
     fraction = SHARED_FRACTION if shared_fraction is None else shared_fraction
@@ -199,8 +215,8 @@ def choose_owners(counts: np.ndarray, widths: Sequence[int], skew: float, budget
     Returns:
         Not ascending, each at most V; none where the budget is below 0.
     """
-    if costs(whole := [counts.size] * len(widths)) <= budget or counts.size == 0:
-        return whole
+    if costs(everything := [counts.size] * len(widths)) <= budget or counts.size == 0:
+        return everything
     earned = counts.astype(np.float64) ** skew  # descending
     ascending = -earned
     ends = np.cumsum(widths)
