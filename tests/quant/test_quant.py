@@ -242,7 +242,7 @@ def test_weights_of_another_allocation_are_refused() -> None:
     with pytest.raises(ValueError, match="was written with allocation"):
         quantize(Model(read_in_place), torch.int8)
     damaged = copy.deepcopy(ebc)
-    words = next(buffer for name, buffer in damaged.remap.named_buffers() if name.endswith("owners.0.words"))
+    words = next(buffer for name, buffer in damaged.remap.named_buffers() if name.endswith("owners.1.words"))
     words[0] ^= 0b101  # takes a row from one id and gives it to another, or takes two
     with pytest.raises(ValueError, match=r"its buffers hold|make no allocation"):
         quantize(Model(damaged), torch.int8)
