@@ -7,7 +7,9 @@ DEVICE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 DEFAULT_TORCHREC := $(if $(filter cuda,$(DEVICE)),1.9,1.8)
 TORCHREC ?= $(DEFAULT_TORCHREC)
 
-ifeq ($(filter 1.8 1.9,$(TORCHREC)),)
+SUPPORTED := 1.8 1.9
+
+ifeq ($(filter $(SUPPORTED),$(TORCHREC)),)
 $(error TORCHREC=$(TORCHREC) is not 1.8 or 1.9)
 endif
 VENV := .venv$(if $(filter-out $(DEFAULT_TORCHREC),$(TORCHREC)),-torchrec$(TORCHREC))
@@ -17,14 +19,16 @@ COMPLETE := $(VENV)/.complete
 IN_VENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 PYTHON_IN_VENV := $(IN_VENV) $(VENV)/bin/python
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+
 # Of mypy in tests, which give wrong types on purpose and read values of any type from JSON and option lists.
 UNCHECKED := arg-type assignment func-returns-value index list-item misc operator union-attr
 
-.PHONY: help venv demo test test-slow coverage lint docs clean
+.PHONY: help venv demo test test-slow test-other coverage lint docs clean
 
 help:
 	@echo "make test        the tests (python -m pytest)"
 	@echo "make test-slow   the slow tests (python -m pytest -m slow)"
+	@echo "make test-other  the tests, with the other torchrec that is supported"
 	@echo "make coverage    the tests, and which lines of the library none of them runs"
 	@echo "make demo        full and LMA tables compared on MovieLens-100K through torchx, one served (examples/dlrm/demo.py)"
 	@echo "make lint        ruff and mypy"
@@ -61,6 +65,9 @@ test: venv
 
 test-slow: venv
 	$(PYTHON_IN_VENV) -m pytest -m slow
+
+test-other:
+	$(MAKE) TORCHREC=$(filter-out $(DEFAULT_TORCHREC),$(SUPPORTED)) test
 
 coverage: venv
 	$(PYTHON_IN_VENV) -m pytest --cov=torchrec_lma --cov-report=term-missing:skip-covered

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -227,17 +227,19 @@ def _fit(
             None if w is None else LeastSquares(w, level.own_rows)
             for w, level in zip(weights, memory.levels, strict=True)
         ]
+        remap: Any = lma.remap.memories[memory.name]
         for table in memory.tables:
             for chunk in _chunks(ids[table].numel(), sum(widths)):
                 each = id_weights[table][chunk].to(device) if table in id_weights else None
                 columns = vectors(table, chunk).to(device).split(widths, dim=1)
                 of_chunk = ids[table][chunk].to(device)
-                # Where no row is shared those outside of a vocabulary look at the rows of id 0, which are not theirs.
-                have_rows = torch.tensor(memory.raw_ids or memory.levels[0].shared_rows > 0, device=device)
-                have_rows = have_rows | ((of_chunk >= 0) & (of_chunk < sizes[table]))
-                for solver, rows, part in zip(solvers, lma.rows(table, of_chunk).values(), columns):
+                all_rows = list(lma.rows(table, of_chunk).values())
+                if remap.outside_is_0:  # those outside look at the rows of id 0, which are not theirs
+                    inside = (of_chunk >= 0) & (of_chunk < sizes[table])
+                    all_rows = [torch.where(inside, rows, -1) for rows in all_rows]
+                for solver, rows, part in zip(solvers, all_rows, columns):
                     if solver is not None:
-                        solver.add(torch.where(have_rows, rows, -1), part, each)
+                        solver.add(rows, part, each)
         for solver in solvers:
             if solver is not None:
                 solver.write()

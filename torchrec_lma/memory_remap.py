@@ -136,9 +136,9 @@ class MemoryRemap(nn.Module):
             inside = (ids >= 0) & (ids < self.sizes.index_select(0, slot))
             if self.outside_is_0:
                 ids = torch.where(inside, ids, 0)
-                position = ids + self.first.index_select(0, slot)
-            else:
-                position = torch.where(inside, ids + self.first.index_select(0, slot), -1)
+            position = ids + self.first.index_select(0, slot)
+            if not self.outside_is_0:
+                position = torch.where(inside, position, -1)
             if self.positions_fit_int32:  # half the bytes, twice the speed
                 position = position.to(torch.int32)
             outside = (~inside).sum()

@@ -101,12 +101,15 @@ def choose_levels(
         if may_all and (not exact or (positions or 0) <= 2 * counts.size):
             everybody = share(widths, True).all_own
     else:
-        of_seen = _widest(layout, counts, budget, skew, lambda widths: share(widths, False).all_own)
-        widths = of_seen or default_widths(layout.dim, 1)
-        if may_all:
-            of_all = _widest(layout, counts, budget, skew, lambda widths: share(widths, True).all_own)
-            if of_all is not None and (of_seen is None or of_seen[0] < 2 * of_all[0]):
-                everybody, widths = True, of_all
+        # The widest first level of which all ids own a row: two levels where one does would be a look-up more for the
+        # same columns.
+        earned = counts.astype(np.float64) ** skew
+        of_the_rarest = budget / layout.value_bytes * earned[-1] / earned.sum()
+        candidates = [default_widths(layout.dim, first) for first in first_widths(layout.dim, of_the_rarest)]
+        of_seen = next((widths for widths in candidates if share(widths, False).all_own), None)
+        of_all = next((widths for widths in candidates if share(widths, True).all_own), None) if may_all else None
+        everybody = of_all is not None and (of_seen is None or of_seen[0] < 2 * of_all[0])
+        widths = (of_all if everybody else of_seen) or default_widths(layout.dim, 1)
     while True:
         shares = share(widths, everybody)
         own = [positions, *shares.own[1:]] if everybody and positions is not None else shares.own
@@ -147,19 +150,6 @@ class _Shares:
     shared_rows: int
     kept: int
     all_own: bool
-
-
-def _widest(
-    layout: MemoryLayout, counts: np.ndarray, budget: int, skew: float, all_own: Callable[[tuple[int, ...]], bool]
-) -> tuple[int, ...] | None:
-    """Widths with the widest first level of which all ids own a row; None where there is none.
-
-    Two levels where one does would be a look-up more for the same columns.
-    """
-    earned = counts.astype(np.float64) ** skew
-    of_the_rarest = budget / layout.value_bytes * earned[-1] / earned.sum()
-    by_first = (default_widths(layout.dim, first) for first in first_widths(layout.dim, of_the_rarest))
-    return next(filter(all_own, by_first), None)
 
 
 def _share_budget(
