@@ -130,6 +130,20 @@ def test_the_model_given_is_left_alone_and_the_result_trains() -> None:
     assert all(weight.grad is None for weight in module.parameters())
 
 
+def test_ids_outside_of_a_vocabulary_do_not_overwrite_the_one_they_are_taken_for() -> None:
+    table = EmbeddingBagConfig(name="t_item", num_embeddings=40, embedding_dim=8, feature_names=["item"])
+    builder = AllocationBuilder([table], LMAConfig(compression=2, data_type="FP32"))
+    made = builder.add_counts("t_item", torch.arange(40), torch.ones(40, dtype=torch.int64)).build()
+    assert [level.shared_rows for level in made.memories[0].levels if level.rows] == [0]
+    module = LMAEmbeddingBagCollection([table], Allocation.hashed([table], LMAConfig(compression=1, data_type="FP32")))
+    ids = torch.tensor([0, 3, 40, -1, 99])
+    moved = reallocate(module, made, {"t_item": ids}).module
+    inside = ids[:2]
+    columns = made.memories[0].levels[0].width
+    expected = module.materialize("t_item", inside)[:, :columns]
+    assert torch.equal(moved.materialize("t_item", inside)[:, :columns], expected)
+
+
 def test_tables_may_have_grown() -> None:
     grown = [replace(table, num_embeddings=2 * table.num_embeddings) for table in TABLES]
     result = reallocate(trained(), allocation(2, tables=grown), IDS)
